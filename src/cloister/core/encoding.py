@@ -1,0 +1,66 @@
+"""Deterministic CBOR (RFC 8949, section 4.2.1): one value, one encoding.
+
+Everything that is signed or hashed goes through `encode`, and everything that arrives through `decode`, which
+refuses any other encoding of the same value. So a digest names exactly one message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final, cast
+
+import cbor2
+
+from cloister.errors import FormatError
+
+MAX_MESSAGE: Final = 8 << 20  # bytes; the largest message that is decoded as a whole
+MAX_DEPTH: Final = 32  # nesting of arrays and maps
+
+
+def encode(value: Any) -> bytes:
+    """Encode plain data (None, bool, int, float, bytes, str, list, tuple, dict) deterministically."""
+    return cast(bytes, cbor2.dumps(value, canonical=True))
+
+
+def decode(data: bytes | memoryview, *, what: str, limit: int = MAX_MESSAGE) -> Any:
+    """Decode one value that is encoded deterministically and fills ``data``.
+
+    Args:
+        data: The encoded bytes.
+        what: Name of the message, for the error.
+        limit: Longest accepted encoding, in bytes.
+
+    Raises:
+        FormatError: too long, too deep, not CBOR, not plain data, trailing bytes, or not deterministic.
+    """
+    raw = bytes(data)
+    if len(raw) > limit:
+        raise FormatError(f"{what} is too long", claim="length", expected=f"at most {limit} B", actual=len(raw))
+    try:
+        value = cbor2.loads(raw, max_depth=MAX_DEPTH)
+    except Exception as error:
+        raise FormatError(f"{what} is not CBOR", code="format.cbor") from error
+    _require_plain(value, what)
+    if encode(value) != raw:
+        raise FormatError(f"{what} is not in deterministic encoding", code="format.cbor")
+    return value
+
+
+def digest(value: Any) -> bytes:
+    """SHA-256 (32 bytes) of the deterministic encoding of ``value``."""
+    return hashlib.sha256(encode(value)).digest()
+
+
+def _require_plain(value: Any, what: str) -> None:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if item is None or type(item) in (bool, int, float, bytes, str):
+            continue
+        if type(item) is list:
+            pending.extend(item)
+        elif type(item) is dict:
+            pending.extend(item.keys())
+            pending.extend(item.values())
+        else:
+            raise FormatError(f"{what} holds a value that no message has", code="format.cbor")

@@ -1,0 +1,1 @@
+"""Authenticated containers: sealed models (chunked, seekable) and sealed records."""

@@ -1,0 +1,1 @@
+"""The key service enclave: statements, model keys, releases, log."""

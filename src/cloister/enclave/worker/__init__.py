@@ -1,0 +1,1 @@
+"""The worker enclave: models, sessions, requests."""

@@ -1,0 +1,1 @@
+"""The operator's side, untrusted: it sees ciphertext only."""

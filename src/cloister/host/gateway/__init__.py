@@ -1,0 +1,1 @@
+"""The HTTP front door: service document, forwarding by pool, health, metrics."""

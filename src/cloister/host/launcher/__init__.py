@@ -1,0 +1,1 @@
+"""Starts enclaves on one host and gives each its one way out."""

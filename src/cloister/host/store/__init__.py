@@ -1,0 +1,1 @@
+"""Ciphertext at rest: content-addressed blobs and versioned records."""

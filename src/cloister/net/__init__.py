@@ -1,0 +1,1 @@
+"""Moves bytes and knows no keys: the compact HTTP/1.1 front and client for ``/ohttp``."""
