@@ -20,6 +20,7 @@
         ├── Overloaded
         ├── DeadlineExceeded
         ├── LeaseExpired
+        ├── StoreConflict     a record changed since it was read; nothing was written
         └── TransportError    bytes did not get there or back; says nothing about trust
 
 Every error carries a stable ``code`` and, where a check failed, the claim, the expected and the actual
@@ -44,6 +45,7 @@ __all__ = [
     "Refused",
     "Replayed",
     "Rollback",
+    "StoreConflict",
     "Tampered",
     "TransportError",
     "Unavailable",
@@ -213,7 +215,32 @@ class LeaseExpired(Unavailable):
     default_code = "lease-expired"
 
 
+class StoreConflict(Unavailable):
+    """A record changed since it was read; nothing of the batch was written."""
+
+    default_code = "store.conflict"
+
+
 class TransportError(Unavailable):
-    """Bytes did not get there or back. It says nothing about trust."""
+    """Bytes did not get there or back. It says nothing about trust.
+
+    Attributes:
+        sent: False only when it is certain that no byte of the request was written, so that the caller may go
+            elsewhere with the same bytes.
+    """
 
     default_code = "transport"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        code: str = "",
+        claim: str = "",
+        expected: object = "",
+        actual: object = "",
+        hint: str = "",
+        sent: bool = True,
+    ) -> None:
+        super().__init__(message, code=code, claim=claim, expected=expected, actual=actual, hint=hint)
+        self.sent = sent

@@ -64,3 +64,35 @@ def _require_plain(value: Any, what: str) -> None:
             pending.extend(item.values())
         else:
             raise FormatError(f"{what} holds a value that no message has", code="format.cbor")
+
+
+def unpack(value: Any, what: str, /, **shape: type | tuple[type, ...] | int) -> dict[str, Any]:
+    """Check that ``value`` is a map with exactly these fields.
+
+    Args:
+        value: What `decode` returned, or a part of it.
+        what: Name of the message, for the error.
+        **shape: For each field its type, a tuple of types, or an int: bytes of exactly that length.
+
+    Raises:
+        FormatError: a field is missing, unknown, of another type or of another length.
+    """
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is not a map", claim="type", expected="map", actual=type(value).__name__)
+    if value.keys() != shape.keys():
+        names = sorted(map(str, value.keys() ^ shape.keys()))
+        raise FormatError(f"{what} has other fields", claim="fields", expected=sorted(shape), actual=f"differs in {names}")
+    for name, wanted in shape.items():
+        _require_type(value[name], f"{what}.{name}", wanted)
+    return value
+
+
+def _require_type(item: Any, what: str, wanted: type | tuple[type, ...] | int) -> None:
+    if isinstance(wanted, int):
+        if type(item) is not bytes or len(item) != wanted:
+            raise FormatError(f"{what} has another length", claim=what, expected=f"{wanted} B", actual=type(item).__name__)
+        return
+    types = wanted if isinstance(wanted, tuple) else (wanted,)
+    if type(item) not in types:
+        expected = " or ".join(sorted(kind.__name__ for kind in types))
+        raise FormatError(f"{what} has another type", claim=what, expected=expected, actual=type(item).__name__)
