@@ -1,8 +1,8 @@
 """HTTP/1.1 message heads (RFC 9110, RFC 9112), strictly: one reading of every byte, or none.
 
-Two servers that read one request differently are what request smuggling lives on. So whatever RFC 9112 lets a
-recipient repair is refused here: folded fields, bare CR or LF, space around a name, repeated fields, more than one
-statement of the body's length, absolute and authority targets.
+Two servers that read one request differently are what request smuggling lives on. So whatever RFC 9112 lets
+a recipient repair is refused here: folded fields, bare CR or LF, space around a name, repeated fields, more
+than one statement of the body's length, absolute and authority targets.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TARGET: Final = re.compile(rb"/[\x21-\x7e]*")
 
 # Fields whose repetition is one list by definition and decides nothing here; proxies on the way repeat them.
 _LISTS: Final = frozenset(
-    {b"accept", b"accept-encoding", b"accept-language", b"cache-control", b"forwarded", b"pragma", b"vary", b"via",
-     b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"}
-)  # fmt: skip
+    b"accept accept-encoding accept-language cache-control forwarded pragma vary via"
+    b" x-forwarded-for x-forwarded-host x-forwarded-proto".split()
+)
 _BODYLESS: Final = frozenset({204, 304})
 
 
@@ -196,9 +196,7 @@ def _append_fields(parts: list[bytes], fields: Fields) -> None:
         if _FIELD.fullmatch(line) is None:
             raise UsageError("not a header field", code="http.field", claim="field")
         if name.lower() in _OWN:
-            raise UsageError(
-                "a field that the connection itself writes", code="http.field", actual=name.decode()
-            )
+            raise UsageError("the connection writes this field", code="http.field", actual=name.decode())
         parts += (line, b"\r\n")
 
 

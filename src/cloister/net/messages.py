@@ -87,7 +87,7 @@ class Tap(Protocol):
     """Sees every byte that a connection carries, for audits: what an operator can see, and nothing more."""
 
     def opened(self, label: str) -> int:
-        """A connection of the kind ``label`` was opened; returns the number that stands for it from now on."""
+        """A connection of the kind ``label`` opened; returns the number that stands for it from now on."""
 
     def received(self, connection: int, data: Buffer) -> None:
         """These bytes arrived. The buffer is reused after the call."""

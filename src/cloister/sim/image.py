@@ -139,7 +139,9 @@ def locate(
         UsageError: the role is unknown, or the source or a distribution is missing or incomplete.
     """
     if role not in ROLES:
-        raise UsageError("no such enclave role", code="usage.role", claim="role", expected=", ".join(ROLES), actual=role)
+        raise UsageError(
+            "no such enclave role", code="usage.role", claim="role", expected=", ".join(ROLES), actual=role
+        )
     root = (source or installed_source()).resolve()
     missing = [part for part in SOURCE_PARTS if not (root / part).exists()]
     if missing:
@@ -179,7 +181,9 @@ def _distribution(name: str, site: Path | None) -> Distribution:
     record = found.read_text("RECORD") or ""
     files = tuple(sorted(row[0] for row in csv.reader(record.splitlines()) if row and _inside(row[0])))
     if not files:
-        raise UsageError(f"{name} has no RECORD of its files", code="measurement.distribution", claim="RECORD")
+        raise UsageError(
+            f"{name} has no RECORD of its files", code="measurement.distribution", claim="RECORD"
+        )
     folder = Path(os.path.realpath(str(found.locate_file(""))))
     return Distribution(name=name, version=found.version, site=folder, files=files, roots=_roots(files))
 

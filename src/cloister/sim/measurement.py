@@ -18,7 +18,15 @@ from typing import Any, Final
 
 from cloister.core.encoding import encode
 from cloister.errors import UsageError
-from cloister.sim.image import ENTRY_MODULE, SOURCE_PARTS, Distribution, EnclaveImage, Interpreter, locate, skipped
+from cloister.sim.image import (
+    ENTRY_MODULE,
+    SOURCE_PARTS,
+    Distribution,
+    EnclaveImage,
+    Interpreter,
+    locate,
+    skipped,
+)
 
 DOMAIN: Final = b"cloister/v1 simulated enclave\0"
 SIMULATED_SIGNER: Final = b"CLOISTER-SIMULATED-TEE-SIGNER-01"  # MRSIGNER, 32 bytes; nobody signed anything

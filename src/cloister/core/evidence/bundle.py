@@ -1,4 +1,4 @@
-"""Evidence as it travels: a quote together with the collateral that a verifier needs, stapled by the sender."""
+"""Evidence as it travels: a quote and the collateral that a verifier needs, stapled by the sender."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ class Collateral:
         for name in ("tcb_info_signature", "qe_identity_signature"):
             if len(getattr(self, name)) != 64:
                 raise EvidenceError(
-                    "a signature has a wrong length", claim=name, expected="64 B", actual=len(getattr(self, name))
+                    "a signature has a wrong length",
+                    claim=name,
+                    expected="64 B",
+                    actual=len(getattr(self, name)),
                 )
 
     def to_data(self) -> dict[str, bytes]:
@@ -136,10 +139,15 @@ class Evidence:
     def __post_init__(self) -> None:
         if type(self.tee) is not str or self.tee not in TEES:
             raise EvidenceError(
-                "evidence of an unknown kind of TEE", claim="tee", expected=sorted(TEES), actual=repr(self.tee)[:40]
+                "evidence of an unknown kind of TEE",
+                claim="tee",
+                expected=sorted(TEES),
+                actual=repr(self.tee)[:40],
             )
         if type(self.quote) is not bytes or not 0 < len(self.quote) <= MAX_QUOTE:
-            raise EvidenceError("quote is missing, empty or too long", claim="quote", expected=f"1 to {MAX_QUOTE} B")
+            raise EvidenceError(
+                "quote is missing, empty or too long", claim="quote", expected=f"1 to {MAX_QUOTE} B"
+            )
         if type(self.collateral) is not Collateral:
             raise EvidenceError("evidence without collateral", claim="collateral")
 

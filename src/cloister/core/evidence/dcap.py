@@ -94,7 +94,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SgxReportBody:
-    """Body of an SGX enclave report, 384 B (Intel SDM volume 3D, table 39-21); field names are the vendor's."""
+    """Body of an SGX enclave report, 384 B (Intel SDM volume 3D, REPORT structure); the vendor's names."""
 
     cpu_svn: bytes  # 16
     misc_select: int  # u32
@@ -212,7 +212,9 @@ class QuoteSignature:
         _require_size("attestation key", self.attestation_key, KEY_SIZE)
         _require_size("QE report signature", self.qe_report_signature, SIGNATURE_SIZE)
         if len(self.qe_auth_data) > MAX_AUTH_DATA:
-            raise _length_error("QE authentication data", f"at most {MAX_AUTH_DATA} B", len(self.qe_auth_data))
+            raise _length_error(
+                "QE authentication data", f"at most {MAX_AUTH_DATA} B", len(self.qe_auth_data)
+            )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> QuoteSignature:

@@ -1,7 +1,7 @@
 """The SGX extension of a PCK certificate (1.2.840.113741.1.13.1): DER to a frozen value.
 
-It names the platform: its family (FMSPC), the security versions it was certified at, and its PCE. Source: Intel,
-"SGX PCK Certificate and Certificate Revocation List Profile Specification", section 1.3.5.
+It names the platform: its family (FMSPC), the security versions it was certified at, and its PCE. Source:
+Intel, "SGX PCK Certificate and Certificate Revocation List Profile Specification", section 1.3.5.
 """
 
 from __future__ import annotations
@@ -139,4 +139,6 @@ def _integer(fields: dict[int, tuple[int, bytes]], arc: int, most: int, *, tag: 
 
 
 def _malformed(detail: str) -> EvidenceError:
-    return EvidenceError(f"the SGX extension of the PCK certificate is malformed: {detail}", claim="SGX extension")
+    return EvidenceError(
+        f"the SGX extension of the PCK certificate is malformed: {detail}", claim="SGX extension"
+    )

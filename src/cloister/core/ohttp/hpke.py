@@ -45,11 +45,12 @@ EXPORT_ONLY: Final = 0xFFFF
 
 N_NONCE: Final = 12  # bytes, of each AEAD here
 N_TAG: Final = 16  # bytes, of each AEAD here
+MAX_MESSAGE: Final = 1 << 30  # bytes; the largest plaintext that is sealed as a whole
 
 _MODE_BASE: Final = b"\x00"
 _SEQUENCE_LIMIT: Final = (1 << (8 * N_NONCE)) - 1
 
-_Cipher: TypeAlias = AESGCM | ChaCha20Poly1305
+Cipher: TypeAlias = AESGCM | ChaCha20Poly1305
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,7 @@ class Suite:
         """The three identifiers, 6 bytes."""
         return b"".join(part.to_bytes(2, "big") for part in (self.kem_id, self.kdf_id, self.aead_id))
 
-    def cipher(self, key: bytes) -> _Cipher:
+    def cipher(self, key: bytes) -> Cipher:
         """The AEAD under ``key`` (``n_key`` bytes)."""
         return _AEADS[self.aead_id].cipher(key)
 
@@ -136,7 +137,7 @@ class _Context:
         self._suite_id: Final = suite_id
         self._exporter_secret: Final = kdf.labeled_expand(suite_id, secret, b"exp", schedule, kdf.n_h)
         self._sequence = 0
-        self._cipher: _Cipher | None = None
+        self._cipher: Cipher | None = None
         self._base_nonce = 0
         if suite.aead_id != EXPORT_ONLY:
             self._cipher = suite.cipher(kdf.labeled_expand(suite_id, secret, b"key", schedule, suite.n_key))
@@ -160,7 +161,7 @@ class _Context:
             )
         return kdf.labeled_expand(self._suite_id, self._exporter_secret, b"sec", exporter_context, length)
 
-    def _next(self) -> tuple[_Cipher, bytes]:
+    def _next(self) -> tuple[Cipher, bytes]:
         """The cipher and the nonce of the next message."""
         if self._cipher is None:
             raise UsageError("an export-only suite seals and opens nothing", code="hpke.export-only")
@@ -187,15 +188,17 @@ class SenderContext(_Context):
         """Encrypt the next message; the result is 16 bytes longer.
 
         Raises:
-            UsageError: an export-only suite (code ``hpke.export-only``).
+            UsageError: an export-only suite (code ``hpke.export-only``), or more than `MAX_MESSAGE` bytes.
             Refused: the context is used up (code ``hpke.message-limit``).
         """
+        require_sealable(plaintext)
         out = bytearray(octets(plaintext).nbytes + N_TAG)
         self.seal_into(plaintext, aad, out)
         return bytes(out)
 
     def seal_into(self, plaintext: Bytes, aad: Bytes, out: bytearray | memoryview) -> None:
-        """`seal` into ``out``, which is exactly 16 bytes longer than ``plaintext`` and does not overlap it."""
+        """`seal` into ``out``, which is 16 bytes longer than ``plaintext`` and does not overlap it."""
+        require_sealable(plaintext)
         cipher, nonce = self._next()
         cipher.encrypt_into(nonce, plaintext, aad, out)
         self._sequence += 1
@@ -227,7 +230,24 @@ class ReceiverContext(_Context):
         return out
 
 
-def open_new(cipher: _Cipher, nonce: bytes, ciphertext: Bytes, aad: Bytes, *, code: str) -> bytearray:
+def require_sealable(plaintext: Bytes) -> None:
+    """Refuse a plaintext that is too long to be sealed as a whole, before anything is allocated.
+
+    Raises:
+        UsageError: more than `MAX_MESSAGE` bytes (code ``hpke.length``).
+    """
+    length = octets(plaintext).nbytes
+    if length > MAX_MESSAGE:
+        raise UsageError(
+            "plaintext is too long",
+            code="hpke.length",
+            claim="plaintext",
+            expected=f"at most {MAX_MESSAGE} B",
+            actual=f"{length} B",
+        )
+
+
+def open_new(cipher: Cipher, nonce: bytes, ciphertext: Bytes, aad: Bytes, *, code: str) -> bytearray:
     """Decrypt ``ciphertext`` into a new array.
 
     Raises:

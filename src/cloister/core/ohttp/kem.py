@@ -1,7 +1,7 @@
 """The key encapsulation mechanisms of HPKE that Cloister speaks.
 
-DHKEM(X25519, HKDF-SHA256) is section 4.1 of RFC 9180. X-Wing (draft-connolly-cfrg-xwing-kem) joins ML-KEM-768 and
-X25519, so that a shared secret stays secret while either of the two holds.
+DHKEM(X25519, HKDF-SHA256) is section 4.1 of RFC 9180. X-Wing (draft-connolly-cfrg-xwing-kem) joins ML-KEM-768
+and X25519, so that a shared secret stays secret while either of the two holds.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def encapsulate(kem_id: int, public_key: Bytes) -> tuple[bytes, bytes]:
     if kem_id == X25519_HKDF_SHA256:
         return _dhkem_secret(dh, enc=point, public=public), point
     try:
-        mlkem_secret, mlkem_ciphertext = MLKEM768PublicKey.from_public_bytes(raw[:_MLKEM_PUBLIC]).encapsulate()
+        mlkem_secret, mlkem_ciphertext = MLKEM768PublicKey.from_public_bytes(
+            raw[:_MLKEM_PUBLIC]
+        ).encapsulate()
     except ValueError as error:
         raise FormatError(
             "not an ML-KEM-768 public key", code="hpke.public-key", claim="public key"
@@ -168,7 +170,9 @@ def require_kem(kem_id: int) -> Kem:
     kem = KEMS.get(kem_id)
     if kem is None:
         known = ", ".join(f"{known_id:#06x}" for known_id in KEMS)
-        raise UsageError("unknown KEM", code="hpke.suite", claim="KEM", expected=known, actual=f"{kem_id:#06x}")
+        raise UsageError(
+            "unknown KEM", code="hpke.suite", claim="KEM", expected=known, actual=f"{kem_id:#06x}"
+        )
     return kem
 
 

@@ -12,13 +12,15 @@ VARINT_MAX: Final = (1 << 62) - 1
 
 
 def octets(data: Bytes) -> memoryview:
-    """A flat view of single octets over ``data``, without a copy."""
+    """A flat view of single octets over ``data``, without a copy.
+
+    Raises:
+        FormatError: a view with gaps (code ``format.buffer``).
+    """
     view = memoryview(data)
-    if view.format == "B" and view.ndim == 1:
-        return view
     if not view.c_contiguous:
         raise FormatError("a message must be contiguous in memory", code="format.buffer")
-    return view.cast("B")
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
 class Reader:

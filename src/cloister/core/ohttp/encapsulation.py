@@ -1,0 +1,247 @@
+"""Encapsulated requests and responses (RFC 9458, section 4).
+
+A request is ``header || enc || ciphertext``; the header (key id and suite) and a label are HPKE's ``info``.
+The response is ``nonce || ciphertext`` under a key that both sides export from the request's context.
+Bodies are encrypted and decrypted straight into the message that leaves or the array that is handed on.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from cloister.core.ohttp import hpke
+from cloister.core.ohttp.hpke import WIRE_SUITES, PrivateKey, ReceiverContext, SenderContext, Suite
+from cloister.core.ohttp.keyconfig import KeyConfiguration
+from cloister.core.ohttp.reader import Bytes, Reader, octets
+from cloister.errors import BindingRefused, Tampered, UsageError
+
+MEDIA_TYPE_REQUEST: Final = "message/ohttp-req"
+MEDIA_TYPE_RESPONSE: Final = "message/ohttp-res"
+
+HEADER_SIZE: Final = 7  # bytes: key id, KEM, KDF, AEAD
+
+_REQUEST_LABEL: Final = b"message/bhttp request"
+_RESPONSE_LABEL: Final = b"message/bhttp response"
+
+
+class Encapsulation:
+    """The client's end of one exchange: seals one request, opens its response."""
+
+    __slots__ = ("_context", "_header", "_sealed", "enc", "key_id", "suite")
+
+    enc: Final[bytes]  # known before anything is sealed, so that the content can sign it
+    key_id: Final[int]
+    suite: Final[Suite]
+
+    def __init__(self, key_id: int, suite: Suite, enc: bytes, context: SenderContext) -> None:
+        self.key_id = key_id
+        self.suite = suite
+        self.enc = enc
+        self._header: Final = _header(key_id, suite)
+        self._context: Final = context
+        self._sealed = False
+
+    def seal(self, plaintext: Bytes) -> bytearray:
+        """The encapsulated request around ``plaintext`` (a binary HTTP request); works once.
+
+        Raises:
+            UsageError: called before (code ``ohttp.used``), or more than `hpke.MAX_MESSAGE` bytes.
+        """
+        if self._sealed:
+            raise UsageError("an encapsulation seals one request", code="ohttp.used")
+        self._sealed = True
+        start = HEADER_SIZE + len(self.enc)
+        message = bytearray(start + octets(plaintext).nbytes + hpke.N_TAG)
+        message[:HEADER_SIZE] = self._header
+        message[HEADER_SIZE:start] = self.enc
+        self._context.seal_into(plaintext, b"", memoryview(message)[start:])
+        return message
+
+    def open(self, response: Bytes) -> memoryview:
+        """The plaintext of the encapsulated response, in a new array that the caller may overwrite after use.
+
+        Raises:
+            UsageError: nothing was sealed yet (code ``ohttp.used``).
+            FormatError: too short for a nonce and a tag (code ``ohttp.response``).
+            Tampered: the answer to another request, or altered (code ``ohttp.open``).
+        """
+        if not self._sealed:
+            raise UsageError("there is no response before a request", code="ohttp.used")
+        size = _response_nonce_size(self.suite)
+        reader = Reader(response, code="ohttp.response")
+        if reader.remaining < size + hpke.N_TAG:
+            raise reader.refusal(
+                "encapsulated response",
+                expected=f"at least {size + hpke.N_TAG} B",
+                actual=f"{reader.remaining} B",
+            )
+        cipher, nonce = _response_key(
+            self.suite, self._context, self.enc, bytes(reader.take(size, "response nonce"))
+        )
+        return memoryview(hpke.open_new(cipher, nonce, reader.rest(), b"", code="ohttp.open"))
+
+    def __repr__(self) -> str:
+        return f"<Encapsulation, key {self.key_id}, {self.suite}>"
+
+
+class Decapsulation:
+    """The server's end of one exchange: seals the one response."""
+
+    __slots__ = ("_context", "_sealed", "enc", "key_id", "suite")
+
+    enc: Final[bytes]
+    key_id: Final[int]
+    suite: Final[Suite]
+
+    def __init__(self, key_id: int, suite: Suite, enc: bytes, context: ReceiverContext) -> None:
+        self.key_id = key_id
+        self.suite = suite
+        self.enc = enc
+        self._context: Final = context
+        self._sealed = False
+
+    def seal(self, plaintext: Bytes) -> bytearray:
+        """The encapsulated response around ``plaintext`` (a binary HTTP response); works once.
+
+        Raises:
+            UsageError: called before (code ``ohttp.used``), or more than `hpke.MAX_MESSAGE` bytes.
+        """
+        if self._sealed:
+            raise UsageError("a request has one response", code="ohttp.used")
+        hpke.require_sealable(plaintext)
+        self._sealed = True
+        response_nonce = _response_nonce(self.suite)
+        cipher, nonce = _response_key(self.suite, self._context, self.enc, response_nonce)
+        start = len(response_nonce)
+        message = bytearray(start + octets(plaintext).nbytes + hpke.N_TAG)
+        message[:start] = response_nonce
+        cipher.encrypt_into(nonce, plaintext, b"", memoryview(message)[start:])
+        return message
+
+    def __repr__(self) -> str:
+        return f"<Decapsulation, key {self.key_id}, {self.suite}>"
+
+
+class Gateway:
+    """Opens encapsulated requests to a set of keys; immutable, and safe to share between threads."""
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, keys: Iterable[tuple[int, PrivateKey]]) -> None:
+        """Take the private keys by key id.
+
+        Raises:
+            UsageError: two keys of one id (code ``ohttp.key-id``).
+            FormatError: a key id that is not in 0..255 (code ``ohttp.keys``).
+        """
+        by_id: dict[int, PrivateKey] = {}
+        for key_id, key in keys:
+            KeyConfiguration.for_key(key_id, key)  # a key that could not be published is no use
+            if key_id in by_id:
+                raise UsageError("two keys of one id", code="ohttp.key-id", claim="key id", actual=key_id)
+            by_id[key_id] = key
+        self._keys: Final[Mapping[int, PrivateKey]] = MappingProxyType(by_id)
+
+    def configurations(self) -> tuple[KeyConfiguration, ...]:
+        """What to publish, the preferred suite first."""
+        order = [suite.kem_id for suite in WIRE_SUITES]
+        published = [KeyConfiguration.for_key(key_id, key) for key_id, key in self._keys.items()]
+        return tuple(sorted(published, key=lambda c: order.index(c.kem_id)))
+
+    def open(self, message: Bytes) -> tuple[Decapsulation, memoryview]:
+        """Open one encapsulated request.
+
+        Returns:
+            The exchange, which seals the response, and the plaintext (a binary HTTP request) in a new array
+            that the caller may overwrite after use.
+
+        Raises:
+            FormatError: too short (code ``ohttp.request``).
+            BindingRefused: a key id that is not here, or a suite that is not that key's or not on the wire
+                list (code ``ohttp.key``).
+            Refused: ``enc`` is a point of low order (code ``hpke.kem``).
+            Tampered: sealed to another key, or altered (code ``ohttp.open``).
+        """
+        reader = Reader(message, code="ohttp.request")
+        header = bytes(reader.take(HEADER_SIZE, "header"))
+        key_id, key, suite = self._lookup(header)
+        enc = bytes(reader.take(suite.n_enc, "enc"))
+        if reader.remaining < hpke.N_TAG:
+            raise reader.refusal(
+                "ciphertext", expected=f"at least {hpke.N_TAG} B", actual=f"{reader.remaining} B"
+            )
+        context = hpke.setup_receiver(suite, key, enc, _info(header))
+        try:
+            plaintext = context.open_new(reader.rest(), b"")
+        except Tampered as error:
+            raise Tampered(
+                "the encapsulated request does not open",
+                code="ohttp.open",
+                claim=error.claim,
+                expected=error.expected,
+                actual=error.actual,
+                hint="It was altered, or sealed to a key of another epoch",
+            ) from None
+        return Decapsulation(key_id, suite, enc, context), memoryview(plaintext)
+
+    def _lookup(self, header: bytes) -> tuple[int, PrivateKey, Suite]:
+        key_id = header[0]
+        key = self._keys.get(key_id)
+        if key is None:
+            known = ", ".join(map(str, sorted(self._keys)))
+            raise BindingRefused(code="ohttp.key", claim="key id", expected=known, actual=key_id)
+        allowed = [suite for suite in WIRE_SUITES if suite.kem_id == key.kem_id]
+        for suite in allowed:
+            if suite.to_bytes() == header[1:]:
+                return key_id, key, suite
+        raise BindingRefused(
+            code="ohttp.key",
+            claim="suite",
+            expected=" or ".join(map(str, allowed)),
+            actual="/".join(f"0x{header[i : i + 2].hex()}" for i in (1, 3, 5)),
+        )
+
+
+def begin(configuration: KeyConfiguration, suite: Suite) -> Encapsulation:
+    """Start an exchange with the holder of a key.
+
+    Raises:
+        BindingRefused: ``suite`` is not on the wire list, or not the configuration's (code ``ohttp.key``).
+        FormatError: not a public key of the KEM (code ``hpke.public-key``).
+        Refused: a public key of low order (code ``hpke.kem``).
+    """
+    if suite not in WIRE_SUITES or not configuration.offers(suite):
+        offered = [str(wire) for wire in WIRE_SUITES if configuration.offers(wire)]
+        raise BindingRefused(code="ohttp.key", claim="suite", expected=" or ".join(offered), actual=suite)
+    info = _info(_header(configuration.key_id, suite))
+    enc, context = hpke.setup_sender(suite, configuration.public_key, info)
+    return Encapsulation(configuration.key_id, suite, enc, context)
+
+
+def _header(key_id: int, suite: Suite) -> bytes:
+    return key_id.to_bytes(1, "big") + suite.to_bytes()
+
+
+def _info(header: bytes) -> bytes:
+    return _REQUEST_LABEL + b"\x00" + header
+
+
+def _response_nonce_size(suite: Suite) -> int:
+    return max(hpke.N_NONCE, suite.n_key)
+
+
+def _response_nonce(suite: Suite) -> bytes:
+    return secrets.token_bytes(_response_nonce_size(suite))
+
+
+def _response_key(
+    suite: Suite, context: SenderContext | ReceiverContext, enc: bytes, response_nonce: bytes
+) -> tuple[hpke.Cipher, bytes]:
+    """The key and nonce of the response (RFC 9458, section 4.4)."""
+    kdf = suite.kdf
+    secret = context.export(_RESPONSE_LABEL, _response_nonce_size(suite))
+    prk = kdf.extract(enc + response_nonce, secret)
+    return suite.cipher(kdf.expand(prk, b"key", suite.n_key)), kdf.expand(prk, b"nonce", hpke.N_NONCE)

@@ -1,0 +1,207 @@
+"""The smaller messages with the key service: challenges, possession, publication, pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cloister.core.encoding import decode, encode, unpack
+from cloister.core.identity import CONTEXT, SIGNATURE_SIZE, SigningKey, verify_signature
+from cloister.core.merkle import HASH_SIZE, MerkleTree, verify_inclusion
+from cloister.core.protocol.head import TreeHead, hashes_from_data
+from cloister.core.protocol.release import CHALLENGE_SIZE
+from cloister.core.protocol.statement import SignedStatement
+from cloister.errors import FormatError
+
+NONCE_SIZE: Final = 32  # bytes
+POSSESSION_PURPOSE: Final = "possession"
+MAX_BATCH: Final = 4096  # nonces under one signature
+_MAX_SMALL: Final = 8 << 10  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRequest:
+    """A nonce, and the newest tree head that the sender has seen (None on a first visit)."""
+
+    nonce: bytes
+    head: TreeHead | None
+
+    def to_bytes(self) -> bytes:
+        """The content of the inner request."""
+        return encode({"head": self.head.to_data() if self.head else None, "nonce": self.nonce})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | memoryview) -> HeadRequest:
+        """Read what `to_bytes` gave; raises FormatError."""
+        data = decode(raw, what="head request", limit=_MAX_SMALL)
+        fields = unpack(data, "head request", head=(dict, type(None)), nonce=NONCE_SIZE)
+        return cls(nonce=fields["nonce"], head=None if fields["head"] is None else TreeHead.from_data(fields["head"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Possession:
+    """Proof that the service holds its key now: a signature over a Merkle tree of clients' nonces.
+
+    Attributes:
+        root: Root over the batch's nonces (32 bytes).
+        size: Nonces in the batch.
+        index: Which of them is the client's.
+        path: From it to the root.
+        signature: By the identity key over (document digest, root, size).
+        head: The log's head now.
+        consistency: Proof that it extends the head in the request.
+    """
+
+    root: bytes
+    size: int
+    index: int
+    path: tuple[bytes, ...]
+    signature: bytes
+    head: TreeHead
+    consistency: tuple[bytes, ...]
+
+    @staticmethod
+    def sign(key: SigningKey, document: bytes, tree: MerkleTree) -> bytes:
+        """Sign one batch for the current document (its digest)."""
+        return key.sign(POSSESSION_PURPOSE, [CONTEXT, document, tree.root(), len(tree)])
+
+    def verify(self, request: HeadRequest, *, service: bytes, service_key: bytes, document: bytes) -> None:
+        """Check freshness and that the log only grew.
+
+        Raises:
+            Tampered: the signature or the path does not hold for this nonce and document.
+            Rollback: the log does not extend the head in the request.
+        """
+        verify_inclusion(self.root, self.size, self.index, request.nonce, self.path)
+        verify_signature(
+            service_key, POSSESSION_PURPOSE, [CONTEXT, document, self.root, self.size], self.signature
+        )
+        self.head.verify(service)
+        self.head.require_extends(request.head, list(self.consistency))
+
+    def to_bytes(self) -> bytes:
+        """The content of the inner response."""
+        return encode(
+            {
+                "consistency": list(self.consistency),
+                "head": self.head.to_data(),
+                "index": self.index,
+                "path": list(self.path),
+                "root": self.root,
+                "signature": self.signature,
+                "size": self.size,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | memoryview) -> Possession:
+        """Read what `to_bytes` gave; raises FormatError."""
+        fields = unpack(
+            decode(raw, what="possession", limit=_MAX_SMALL),
+            "possession",
+            consistency=list,
+            head=dict,
+            index=int,
+            path=list,
+            root=HASH_SIZE,
+            signature=SIGNATURE_SIZE,
+            size=int,
+        )
+        if not 0 <= fields["index"] < fields["size"] <= MAX_BATCH:
+            raise FormatError(claim="batch", expected=f"1 to {MAX_BATCH} nonces", actual=fields["size"])
+        return cls(
+            **{
+                **fields,
+                "consistency": tuple(hashes_from_data(fields["consistency"], "consistency proof")),
+                "head": TreeHead.from_data(fields["head"]),
+                "path": tuple(hashes_from_data(fields["path"], "inclusion path")),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge:
+    """A challenge (used once) and the proof that the log extends the head in the request."""
+
+    challenge: bytes
+    head: TreeHead
+    consistency: tuple[bytes, ...]
+
+    def to_bytes(self) -> bytes:
+        """The content of the inner response."""
+        return encode(
+            {"challenge": self.challenge, "consistency": list(self.consistency), "head": self.head.to_data()}
+        )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | memoryview) -> Challenge:
+        """Read what `to_bytes` gave; raises FormatError."""
+        data = decode(raw, what="challenge", limit=_MAX_SMALL)
+        fields = unpack(data, "challenge", challenge=CHALLENGE_SIZE, consistency=list, head=dict)
+        return cls(
+            challenge=fields["challenge"],
+            head=TreeHead.from_data(fields["head"]),
+            consistency=tuple(hashes_from_data(fields["consistency"], "consistency proof")),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """An owner's statement on its way to the key service.
+
+    Attributes:
+        statement: Signed.
+        sealed_key: The model's key, HPKE-sealed to the service with the statement digest as AAD; None where the
+            sealed model stays the same.
+        key_id: Which of the service's key configurations it is sealed to.
+        pool: The pool that shall serve the model (id, 32 bytes).
+    """
+
+    statement: SignedStatement
+    sealed_key: bytes | None
+    key_id: int
+    pool: bytes
+
+    def to_bytes(self) -> bytes:
+        """The content of the inner request."""
+        return encode(
+            {
+                "key_id": self.key_id,
+                "pool": self.pool,
+                "sealed_key": self.sealed_key,
+                "statement": self.statement.to_data(),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | memoryview) -> Publication:
+        """Read what `to_bytes` gave; raises FormatError."""
+        fields = unpack(
+            decode(raw, what="publication"),
+            "publication",
+            key_id=int,
+            pool=32,
+            sealed_key=(bytes, type(None)),
+            statement=dict,
+        )
+        return cls(**{**fields, "statement": SignedStatement.from_data(fields["statement"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The service's word that an entry is in its log: the index, and a head that covers it."""
+
+    index: int
+    head: TreeHead
+
+    def to_bytes(self) -> bytes:
+        """The content of the inner response."""
+        return encode({"head": self.head.to_data(), "index": self.index})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | memoryview) -> Receipt:
+        """Read what `to_bytes` gave; raises FormatError."""
+        fields = unpack(decode(raw, what="receipt", limit=_MAX_SMALL), "receipt", head=dict, index=int)
+        return cls(index=fields["index"], head=TreeHead.from_data(fields["head"]))
+
+

@@ -1,0 +1,58 @@
+"""Errors as they travel inside the encapsulation (RFC 9457), and the one table from errors to HTTP."""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from cloister import errors
+from cloister.errors import CloisterError
+
+MEDIA_TYPE: Final = b"application/problem+json"
+MAX_PROBLEM: Final = 16 << 10  # bytes
+
+# The first class that fits decides.
+_STATUS: Final[tuple[tuple[type[CloisterError], int], ...]] = (
+    (errors.Replayed, 409),
+    (errors.Rollback, 409),
+    (errors.Refused, 403),
+    (errors.NotFound, 404),
+    (errors.InvalidRequest, 400),
+    (errors.UsageError, 400),
+    (errors.Overloaded, 429),
+    (errors.DeadlineExceeded, 504),
+    (errors.Unavailable, 503),
+)
+
+
+def status_of(error: CloisterError) -> int:
+    """The HTTP status of an error."""
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+
+
+def to_bytes(error: CloisterError) -> bytes:
+    """The problem document of an error: its kind, its code, and what was compared."""
+    return json.dumps({"kind": _kind(error), **error.to_dict()}).encode()
+
+
+def from_bytes(raw: bytes | memoryview) -> CloisterError:
+    """The error that a peer sent; an unreadable one becomes a plain `CloisterError`."""
+    try:
+        problem = json.loads(bytes(raw[:MAX_PROBLEM]))
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict) or not all(isinstance(text, str) for text in problem.values()):
+        return CloisterError("the enclave answered with an unreadable error", code="problem")
+    kind = getattr(errors, problem.get("kind", ""), None) if problem.get("kind") in errors.__all__ else None
+    return (kind or CloisterError)(
+        problem.get("message", ""),
+        code=problem.get("error", ""),
+        claim=problem.get("claim", ""),
+        expected=problem.get("expected", ""),
+        actual=problem.get("actual", ""),
+        hint=problem.get("hint", ""),
+    )
+
+
+def _kind(error: CloisterError) -> str:
+    return next((cls.__name__ for cls in type(error).__mro__ if cls.__name__ in errors.__all__), "CloisterError")

@@ -1,0 +1,317 @@
+"""X.509 certificates, short chains and revocation lists, as DCAP uses them: P-256 with SHA-256 throughout.
+
+Generic path validation rejects the vendors' chains, so each rule is written out here. Parsing is cached by
+content, in small bounded caches: every quote brings the same few certificates. No trust decision is cached.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from itertools import pairwise
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.x509.oid import ExtensionOID, NameOID, SignatureAlgorithmOID
+
+from cloister.errors import EvidenceError, EvidenceRefused
+
+MAX_CERTIFICATE: Final = 4096  # bytes, DER
+MAX_CHAIN: Final = 3  # certificates: leaf, CA, root
+MAX_PEM: Final = 16 << 10  # bytes of a chain
+
+_PEM: Final = re.compile(
+    rb"\s*-----BEGIN CERTIFICATE-----\r?\n([A-Za-z0-9+/=\s]{1,6000})-----END CERTIFICATE-----\s*"
+)
+_KNOWN_CRITICAL: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """A parsed certificate; times are unix seconds.
+
+    Attributes:
+        der: The certificate itself.
+        parsed: The same, as ``cryptography`` parsed it.
+        key: Its public key, on P-256.
+        common_name: The subject's, or empty.
+        not_before: First second of validity.
+        not_after: Last second of validity.
+        path_length: How many CAs may follow a CA; -1 for a certificate that is no CA.
+    """
+
+    der: bytes
+    parsed: x509.Certificate = field(compare=False, repr=False)
+    key: ec.EllipticCurvePublicKey = field(compare=False, repr=False)
+    common_name: str
+    not_before: int
+    not_after: int
+    path_length: int
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the DER form, 32 B."""
+        return hashlib.sha256(self.der).digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevocationList:
+    """A parsed CRL; times are unix seconds."""
+
+    parsed: x509.CertificateRevocationList
+    issued: int
+    next_update: int
+    number: int
+
+
+@lru_cache(maxsize=64)
+def load_certificate(der: bytes) -> Certificate:
+    """Parse one DER certificate.
+
+    Raises:
+        EvidenceError: no certificate, too long, not P-256 with SHA-256, or an unknown critical extension.
+    """
+    if len(der) > MAX_CERTIFICATE:
+        raise _unreadable("certificate", f"longer than {MAX_CERTIFICATE} B")
+    try:
+        parsed = x509.load_der_x509_certificate(der)
+        key = parsed.public_key()
+        extensions = list(parsed.extensions)
+        names = parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        common_name = str(names[0].value) if names else ""
+        parsed.issuer.public_bytes()
+        algorithm = parsed.signature_algorithm_oid
+        not_before, not_after = parsed.not_valid_before_utc, parsed.not_valid_after_utc
+    except Exception as error:  # the parser has many kinds of failure; each means that these bytes are no use
+        raise _unreadable("certificate", "malformed") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise _unreadable("certificate", "its key is not on P-256")
+    if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
+        raise _unreadable("certificate", "not signed with ECDSA and SHA-256")
+    _require_known(extensions, "certificate")
+    return Certificate(
+        der=der,
+        parsed=parsed,
+        key=key,
+        common_name=common_name,
+        not_before=int(not_before.timestamp()),
+        not_after=int(not_after.timestamp()),
+        path_length=_path_length(extensions),
+    )
+
+
+@lru_cache(maxsize=64)
+def load_chain(pem: bytes) -> tuple[Certificate, ...]:
+    """Parse a PEM chain, leaf first; NUL bytes may end it.
+
+    Raises:
+        EvidenceError: anything but 1 to 3 certificates.
+    """
+    if len(pem) > MAX_PEM:
+        raise _unreadable("certificate chain", f"longer than {MAX_PEM} B")
+    rest = pem.rstrip(b"\0")
+    chain: list[Certificate] = []
+    while rest:
+        match = _PEM.match(rest)
+        if match is None or len(chain) == MAX_CHAIN:
+            raise _unreadable("certificate chain", f"not 1 to {MAX_CHAIN} certificates in PEM")
+        try:
+            der = base64.b64decode(b"".join(match[1].split()), validate=True)
+        except ValueError as error:
+            raise _unreadable("certificate chain", "not base64") from error
+        chain.append(load_certificate(der))
+        rest = rest[match.end() :]
+    if not chain:
+        raise _unreadable("certificate chain", "empty")
+    return tuple(chain)
+
+
+@lru_cache(maxsize=16)
+def load_crl(der: bytes) -> RevocationList:
+    """Parse one DER revocation list.
+
+    Raises:
+        EvidenceError: no list, without number or next update, partial, or not ECDSA with SHA-256.
+    """
+    try:
+        parsed = x509.load_der_x509_crl(der)
+        extensions = list(parsed.extensions)
+        number = parsed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        parsed.issuer.public_bytes()
+        algorithm = parsed.signature_algorithm_oid
+        issued, next_update = parsed.last_update_utc, parsed.next_update_utc
+    except Exception as error:  # as in load_certificate
+        raise _unreadable("revocation list", "malformed") from error
+    if next_update is None:
+        raise _unreadable("revocation list", "without a next update")
+    if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
+        raise _unreadable("revocation list", "not signed with ECDSA and SHA-256")
+    _require_known(extensions, "revocation list")  # a delta or partial list says so in a critical extension
+    return RevocationList(
+        parsed=parsed, issued=int(issued.timestamp()), next_update=int(next_update.timestamp()), number=number
+    )
+
+
+def verify_chain(
+    chain: Sequence[Certificate], *, now: int, code: str, what: str, leaf_is_ca: bool = False
+) -> None:
+    """Check signatures, issuer names, CA bits, key usages and dates, from the leaf to the pinned root.
+
+    Raises:
+        EvidenceRefused: with ``code``, or ``evidence.expired`` / ``evidence.not-yet-valid`` for a date.
+    """
+    for depth, (subject, issuer) in enumerate(pairwise(chain), start=int(leaf_is_ca)):
+        if issuer.path_length < depth or not _key_usage(issuer).key_cert_sign:
+            raise EvidenceRefused(
+                code=code,
+                claim=f"{what}: {issuer.common_name}",
+                expected=f"a CA over {depth} more",
+                actual=f"path length {issuer.path_length}",
+            )
+        try:
+            subject.parsed.verify_directly_issued_by(issuer.parsed)
+        except (InvalidSignature, ValueError, TypeError) as error:
+            raise EvidenceRefused(
+                code=code,
+                claim=f"{what}: issuer of {subject.common_name}",
+                expected=issuer.common_name,
+                actual=subject.parsed.issuer.rfc4514_string(),
+            ) from error
+    leaf = chain[0]
+    if not leaf_is_ca and (leaf.path_length >= 0 or not _key_usage(leaf).digital_signature):
+        raise EvidenceRefused(
+            code=code,
+            claim=f"{what}: {leaf.common_name}",
+            expected="an end entity that signs",
+            actual="other",
+        )
+    for certificate in chain:
+        require_dates(
+            f"{what}: {certificate.common_name}", certificate.not_before, certificate.not_after, now=now
+        )
+
+
+def verify_crl(crl: RevocationList, issuer: Certificate, *, now: int, code: str, what: str) -> None:
+    """Check that ``issuer`` signed ``crl`` and that it is in force.
+
+    Raises:
+        EvidenceRefused: with ``code``, or ``evidence.expired`` / ``evidence.not-yet-valid``.
+    """
+    if crl.parsed.issuer != issuer.parsed.subject:
+        raise EvidenceRefused(
+            code=code,
+            claim=f"issuer of {what}",
+            expected=issuer.parsed.subject.rfc4514_string(),
+            actual=crl.parsed.issuer.rfc4514_string(),
+        )
+    if not _key_usage(issuer).crl_sign or not crl.parsed.is_signature_valid(issuer.key):
+        raise EvidenceRefused(
+            code=code,
+            claim=f"signature of {what}",
+            expected=f"by {issuer.common_name}",
+            actual="another",
+        )
+    require_dates(what, crl.issued, crl.next_update, now=now)
+
+
+def require_not_revoked(certificate: Certificate, crl: RevocationList) -> None:
+    """Refuse a certificate whose serial number is on its issuer's list.
+
+    Raises:
+        EvidenceRefused: code ``evidence.revoked``.
+    """
+    entry = crl.parsed.get_revoked_certificate_by_serial_number(certificate.parsed.serial_number)
+    if entry is not None:
+        raise EvidenceRefused(
+            code="evidence.revoked",
+            claim=f"revocation of {certificate.common_name}",
+            expected="not revoked",
+            actual=f"revoked on {time_text(int(entry.revocation_date_utc.timestamp()))}",
+        )
+
+
+def require_signature(
+    key: ec.EllipticCurvePublicKey, signature: bytes, data: bytes, *, code: str, what: str, by: str
+) -> None:
+    """Check a raw r || s signature (64 B) on P-256 with SHA-256 over ``data``.
+
+    Raises:
+        EvidenceRefused: with ``code``.
+    """
+    encoded = utils.encode_dss_signature(
+        int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+    )
+    try:
+        key.verify(encoded, data, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature as error:
+        raise EvidenceRefused(
+            code=code, claim=f"signature of {what}", expected=f"by {by}", actual="another"
+        ) from error
+
+
+def require_dates(what: str, not_before: int, not_after: int, *, now: int) -> None:
+    """Refuse what is not in force at ``now`` (unix seconds, both ends included).
+
+    Raises:
+        EvidenceRefused: code ``evidence.not-yet-valid`` or ``evidence.expired``.
+    """
+    if now < not_before:
+        raise EvidenceRefused(
+            code="evidence.not-yet-valid",
+            claim=f"validity of {what}",
+            expected=f"from {time_text(not_before)}",
+            actual=time_text(now),
+        )
+    if now > not_after:
+        raise EvidenceRefused(
+            code="evidence.expired",
+            claim=f"validity of {what}",
+            expected=f"until {time_text(not_after)}",
+            actual=time_text(now),
+        )
+
+
+def time_text(seconds: int) -> str:
+    """Unix seconds as ISO 8601 in UTC; out-of-range numbers as they are."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return str(seconds)
+
+
+def _key_usage(certificate: Certificate) -> x509.KeyUsage:
+    try:
+        return certificate.parsed.extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound as error:
+        raise EvidenceRefused(
+            code="evidence.key-usage",
+            claim=f"key usage of {certificate.common_name}",
+            expected="stated",
+            actual="absent",
+        ) from error
+
+
+def _path_length(extensions: Sequence[x509.Extension[x509.ExtensionType]]) -> int:
+    for extension in extensions:
+        if isinstance(extension.value, x509.BasicConstraints) and extension.value.ca:
+            length = extension.value.path_length
+            return MAX_CHAIN if length is None else length
+    return -1
+
+
+def _require_known(extensions: Sequence[x509.Extension[x509.ExtensionType]], what: str) -> None:
+    for extension in extensions:
+        if extension.critical and extension.oid not in _KNOWN_CRITICAL:
+            raise _unreadable(what, f"unknown critical extension {extension.oid.dotted_string}")
+
+
+def _unreadable(what: str, detail: str) -> EvidenceError:
+    return EvidenceError(f"unusable {what}: {detail}", code="evidence.certificate", claim=what)

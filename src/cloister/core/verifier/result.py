@@ -1,0 +1,182 @@
+"""What verification found out, as values that appraisal, people and ``--json`` can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cloister.core.verifier.chain import time_text
+from cloister.errors import EvidenceRefused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One check that was made: its name, its outcome (``"ok"``, ``"note"``) and what was compared."""
+
+    name: str
+    outcome: str
+    detail: str
+
+    def to_dict(self) -> dict[str, str]:
+        """The form that ``--json`` prints."""
+        return {"name": self.name, "outcome": self.outcome, "detail": self.detail}
+
+    def line(self) -> str:
+        """One line for people."""
+        return f"[{self.outcome}] {self.name}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """The machine that the evidence comes from, as its PCK certificate describes it.
+
+    Attributes:
+        fmspc: 6 B platform family.
+        pce_id: 2 B.
+        ppid: 16 B identifier of the processor.
+        platform_instance_id: 16 B on multi-package platforms, else empty.
+        tcb_components: 16 security version numbers.
+        pce_svn: Version of the PCE.
+        sgx_type: 0 standard, 1 scalable, 2 scalable with integrity.
+    """
+
+    fmspc: bytes
+    pce_id: bytes
+    ppid: bytes
+    platform_instance_id: bytes
+    tcb_components: tuple[int, ...]
+    pce_svn: int
+    sgx_type: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``--json`` prints."""
+        return {
+            "fmspc": self.fmspc.hex(),
+            "pce_id": self.pce_id.hex(),
+            "ppid": self.ppid.hex(),
+            "platform_instance_id": self.platform_instance_id.hex(),
+            "tcb_components": list(self.tcb_components),
+            "pce_svn": self.pce_svn,
+            "sgx_type": self.sgx_type,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollateralMark:
+    """How recent one piece of collateral is.
+
+    Attributes:
+        issued: Issue date, unix seconds.
+        number: CRL number or TCB evaluation data number.
+    """
+
+    issued: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedEvidence:
+    """Genuine evidence. Whether it is *acceptable* is for `cloister.core.verifier.appraisal` to say.
+
+    Attributes:
+        tee: ``"sgx"``.
+        anchors_digest: 32 B; the `TrustAnchors` that it was verified under.
+        simulated: Whether those anchors are a simulated platform's.
+        debug: Whether the enclave's memory is open to a debugger.
+        tcb_status: Intel's status of platform and quoting enclave together.
+        tcb_date: Unix seconds; issues published before it are fixed on this platform.
+        advisories: Advisories that apply to platform or quoting enclave, sorted.
+        tcb_evaluation_number: The lower one of TCB info and QE identity.
+        measurements: Fields of the report by name: bytes, or integers for versions.
+        report_data: 64 B that the enclave bound to its report.
+        platform: The machine.
+        collateral: `CollateralMark` per signed object; names include the issuer or family that they speak of.
+        collateral_issued: Oldest issue date among TCB info, QE identity and PCK CRL, unix seconds.
+        not_after: Earliest expiry of anything relied on, unix seconds.
+        steps: Every check made, in order.
+    """
+
+    tee: str
+    anchors_digest: bytes
+    simulated: bool
+    debug: bool
+    tcb_status: str
+    tcb_date: int
+    advisories: tuple[str, ...]
+    tcb_evaluation_number: int
+    measurements: Mapping[str, bytes | int]
+    report_data: bytes
+    platform: Platform
+    collateral: Mapping[str, CollateralMark]
+    collateral_issued: int
+    not_after: int
+    steps: tuple[Step, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``--json`` prints: bytes in hex, times in unix seconds."""
+        return {
+            "tee": self.tee,
+            "anchors": self.anchors_digest.hex(),
+            "simulated": self.simulated,
+            "debug": self.debug,
+            "tcb_status": self.tcb_status,
+            "tcb_date": self.tcb_date,
+            "advisories": list(self.advisories),
+            "tcb_evaluation_number": self.tcb_evaluation_number,
+            "measurements": {name: _plain(value) for name, value in self.measurements.items()},
+            "report_data": self.report_data.hex(),
+            "platform": self.platform.to_dict(),
+            "collateral": {
+                name: {"issued": mark.issued, "number": mark.number} for name, mark in self.collateral.items()
+            },
+            "collateral_issued": self.collateral_issued,
+            "not_after": self.not_after,
+            "steps": [step.to_dict() for step in self.steps],
+        }
+
+    def lines(self) -> list[str]:
+        """The result for people, step by step, as plain text."""
+        origin = "SIMULATED, protects nothing" if self.simulated else "genuine hardware"
+        found = [f"{self.tee} evidence ({origin})", *(f"  {step.line()}" for step in self.steps)]
+        found += [f"  {name} = {_plain(value)}" for name, value in self.measurements.items()]
+        found.append(f"  valid until {time_text(self.not_after)}")
+        return found
+
+
+def require_not_older(found: Mapping[str, CollateralMark], seen: Mapping[str, CollateralMark]) -> None:
+    """Refuse collateral older than any seen before: a host could hide a revocation or a new TCB level.
+
+    Args:
+        found: Marks of the evidence at hand.
+        seen: Marks remembered, for example by `newest`.
+
+    Raises:
+        EvidenceRefused: code ``evidence.collateral-older``.
+    """
+    for name, mark in found.items():
+        known = seen.get(name)
+        if known is not None and (mark.issued < known.issued or mark.number < known.number):
+            raise EvidenceRefused(
+                code="evidence.collateral-older",
+                claim=f"age of {name}",
+                expected=f"{time_text(known.issued)}, number {known.number} or newer",
+                actual=f"{time_text(mark.issued)}, number {mark.number}",
+            )
+
+
+def newest(
+    seen: Mapping[str, CollateralMark], found: Mapping[str, CollateralMark]
+) -> dict[str, CollateralMark]:
+    """The marks to remember once ``found`` is accepted: per name the later date and the higher number."""
+    merged = dict(seen)
+    for name, mark in found.items():
+        known = merged.get(name, mark)
+        merged[name] = CollateralMark(
+            issued=max(known.issued, mark.issued), number=max(known.number, mark.number)
+        )
+    return merged
+
+
+def _plain(value: bytes | int) -> str | int:
+    return value.hex() if isinstance(value, bytes) else value

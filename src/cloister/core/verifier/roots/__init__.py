@@ -1,0 +1,1 @@
+"""The vendors' root certificates, embedded: what production trusts can only change with the code."""

@@ -1,0 +1,59 @@
+"""Proof of possession for many clients with one signature: their nonces become leaves of a small tree."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from cloister.core.merkle import MerkleTree
+from cloister.core.protocol.exchange import MAX_BATCH, HeadRequest, Possession
+from cloister.enclave.keyservice.log import Log
+from cloister.errors import Overloaded
+
+WINDOW: Final = 0.002  # seconds that a batch waits for company
+
+
+class PossessionDesk:
+    """Collects nonces for a moment, signs once, hands each its path. Owns no task: the loop's timer drives it.
+
+    Args:
+        log: Signs, and proves consistency with older heads.
+        document: Gives the digest of the document that is served now.
+    """
+
+    def __init__(self, log: Log, document: Callable[[], bytes]) -> None:
+        self._log = log
+        self._document = document
+        self._waiting: list[tuple[HeadRequest, asyncio.Future[Possession]]] = []
+
+    async def prove(self, request: HeadRequest) -> Possession:
+        """The proof for one client; raises Overloaded where a batch is full."""
+        if len(self._waiting) >= MAX_BATCH:
+            raise Overloaded(claim="proofs in a batch", expected=f"at most {MAX_BATCH}", actual=len(self._waiting))
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Possession] = loop.create_future()
+        self._waiting.append((request, answer))
+        if len(self._waiting) == 1:
+            loop.call_later(WINDOW, self._sign)
+        return await answer
+
+    def _sign(self) -> None:
+        batch, self._waiting = self._waiting, []
+        tree = MerkleTree(request.nonce for request, _ in batch)
+        signature = Possession.sign(self._log.identity, self._document(), tree)
+        head = self._log.head()
+        for index, (request, answer) in enumerate(batch):
+            if answer.done():  # the client went away
+                continue
+            answer.set_result(
+                Possession(
+                    root=tree.root(),
+                    size=len(tree),
+                    index=index,
+                    path=tuple(tree.inclusion_proof(index)),
+                    signature=signature,
+                    head=head,
+                    consistency=self._log.consistency(request.head),
+                )
+            )

@@ -1,0 +1,129 @@
+"""One server for every enclave: Oblivious HTTP in, routes inside (DESIGN, section 4).
+
+What the host sees of a request is one status and one ciphertext. Whatever goes wrong after a key was established is
+answered inside the encapsulation; before that, the outer answer says only that no key opened the request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from cloister.core.ohttp import bhttp
+from cloister.core.ohttp.encapsulation import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Decapsulation, Gateway
+from cloister.core.ohttp.kem import PrivateKey
+from cloister.core.protocol import problem
+from cloister.core.protocol.limits import MAX_INNER_REQUEST
+from cloister.errors import BindingRefused, CloisterError, NotFound
+from cloister.net.messages import Answer, Head
+
+log: Final = logging.getLogger(__name__)
+CBOR: Final = b"application/cbor"
+_REQUEST_TYPE: Final = MEDIA_TYPE_REQUEST.encode()
+_RESPONSE_TYPE: Final = MEDIA_TYPE_RESPONSE.encode()
+_KEY_PROBLEM: Final = "https://iana.org/assignments/http-problem-types#ohttp-key"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerRequest:
+    """A request as the enclave sees it.
+
+    Attributes:
+        http: Method, path, fields and content; the content is a view of the decrypted buffer.
+        enc: The HPKE encapsulated key (its length depends on the suite).
+        key_id: Which key configuration opened it.
+        arrived: Monotonic seconds when its last ciphertext byte was there.
+        opened: Monotonic seconds when it was decrypted.
+    """
+
+    http: bhttp.Request
+    enc: bytes
+    key_id: int
+    arrived: float
+    opened: float
+
+
+Handler = Callable[[InnerRequest], Awaitable[bhttp.Response]]
+
+
+class EnclaveServer:
+    """Opens encapsulated requests, hands them to a handler, and encapsulates its answers.
+
+    Args:
+        handler: Routes an inner request. It may raise any `CloisterError`.
+        keys: (key id, private key) pairs; `replace_keys` changes them while serving.
+    """
+
+    def __init__(self, handler: Handler, keys: Iterable[tuple[int, PrivateKey]] = ()) -> None:
+        self._handler = handler
+        self._gateway = Gateway(keys)
+
+    def replace_keys(self, keys: Iterable[tuple[int, PrivateKey]]) -> None:
+        """Serve these keys from the next request on; those left out are forgotten."""
+        self._gateway = Gateway(keys)
+
+    async def handle(self, head: Head, body: memoryview) -> Answer:
+        """Answer one outer request (the `cloister.net.front` handler)."""
+        arrived = time.monotonic()
+        if head.fields.get(b"content-type") != _REQUEST_TYPE:
+            return _outer(415, "about:blank", "ohttp.media-type")
+        try:
+            exchange, plaintext = self._gateway.open(body)
+        except BindingRefused as error:
+            return _outer(400, _KEY_PROBLEM, error.code)
+        except CloisterError as error:
+            return _outer(400, "about:blank", error.code)
+        response = await self._answer(exchange, plaintext, arrived)
+        return Answer(status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True)))
+
+    async def _answer(self, exchange: Decapsulation, plaintext: bytes | bytearray | memoryview, arrived: float) -> bhttp.Response:
+        try:
+            request = InnerRequest(
+                http=bhttp.Request.from_bytes(plaintext, max_content=MAX_INNER_REQUEST),
+                enc=exchange.enc,
+                key_id=exchange.key_id,
+                arrived=arrived,
+                opened=time.monotonic(),
+            )
+            return await self._handler(request)
+        except CloisterError as error:
+            return problem_response(error)
+        except Exception as error:  # noqa: BLE001 - nothing of an enclave's failure may leave it but that it failed
+            log.error("a request failed inside the enclave: %s", type(error).__name__)
+            return problem_response(CloisterError("the enclave failed on this request", code="internal"))
+
+
+def problem_response(error: CloisterError) -> bhttp.Response:
+    """The inner response that carries an error."""
+    return bhttp.Response(
+        status=problem.status_of(error),
+        fields=((b"content-type", problem.MEDIA_TYPE),),
+        content=problem.to_bytes(error),
+    )
+
+
+def cbor_response(content: bytes) -> bhttp.Response:
+    """An inner response of deterministic CBOR."""
+    return bhttp.Response(status=200, fields=((b"content-type", CBOR),), content=content)
+
+
+def route_not_found(request: InnerRequest) -> NotFound:
+    """The error of a path or a method that the enclave doesn't have."""
+    return NotFound(
+        "no such route",
+        code="not-found.route",
+        claim="route",
+        expected="one of the enclave's routes",
+        actual=f"{request.http.method.decode('ascii', 'replace')[:16]}",
+    )
+
+
+def _outer(status: int, kind: str, code: str) -> Answer:
+    body = json.dumps({"type": kind, "code": code}).encode()
+    return Answer(status=status, content_type=problem.MEDIA_TYPE, body=body)
+
+

@@ -1,0 +1,128 @@
+"""Forwarding of encapsulated requests to a worker of their pool.
+
+A request goes to another worker only while it is certain that none of its bytes left. After that the gateway
+never sends them again: a worker may have executed it, and only the client can tell, by encapsulating anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from cloister.errors import CloisterError, FormatError, TransportError
+from cloister.host.gateway.metrics import Metrics
+from cloister.host.gateway.registry import Registry, Worker
+from cloister.host.problems import problem, status_of
+from cloister.net.front import Answer, Head, Limits, Tap
+from cloister.net.link import Peer, Upstream
+
+POOL: Final = b"cloister-pool"
+REQUEST_TYPE: Final = b"message/ohttp-req"
+_HINTS: Final = (b"cloister-model", b"cloister-deadline")
+_PASSED_BACK: Final = frozenset({b"retry-after", b"cache-control"})
+_TARGET: Final = b"/ohttp"
+_STATUS: Final = {"transport.timeout": 504, "gateway.content-type": 415}
+
+
+class Forwarder:
+    """Answers ``POST /ohttp`` with what a worker of the named pool answers.
+
+    Args:
+        registry: The workers.
+        metrics: Where requests are counted.
+        limits: For the links to workers.
+        timeout: Seconds that a worker may take.
+        clock: The registry's clock, in seconds.
+        tap: Sees every byte on the links.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        limits: Limits | None = None,
+        timeout: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
+        tap: Tap | None = None,
+    ) -> None:
+        self._registry = registry
+        self._metrics = metrics
+        self._limits = limits or Limits()
+        self._timeout = timeout
+        self._clock = clock
+        self._tap = tap
+        self._links: dict[Path, Upstream] = {}
+
+    async def handle(self, head: Head, body: memoryview) -> Answer:
+        """Answer one request; every error becomes a problem."""
+        start = time.monotonic()
+        pool, outcome = "unknown", "ok"
+        try:
+            name = head.fields.get(POOL, b"").decode("latin-1")
+            if head.fields.get(b"content-type") != REQUEST_TYPE:
+                raise FormatError(
+                    "not encapsulated", code="gateway.content-type", expected="message/ohttp-req"
+                )
+            if not name:
+                raise FormatError("no pool is named", code="gateway.pool", claim="cloister-pool")
+            if self._registry.knows(name):  # else the label of the metric would be the peer's to choose
+                pool = name
+            answer = await self._forward(name, head, body)
+        except CloisterError as error:
+            outcome = error.code
+            status = _STATUS.get(error.code) or status_of(error)
+            answer = problem(status, error.code, retry_after=1 if status == 503 else 0)
+        seconds = time.monotonic() - start
+        self._metrics.observe(pool, outcome, seconds, len(body), len(answer.body))
+        return answer
+
+    async def prune(self) -> None:
+        """Forget workers whose heartbeat is over, and close the links that nobody uses any more."""
+        now = self._clock()
+        self._registry.expire(now)
+        used = {each.worker.socket for each in self._registry.workers(now)}
+        for socket in [each for each in self._links if each not in used]:
+            await self._links.pop(socket).aclose()
+
+    async def aclose(self) -> None:
+        """Close all links."""
+        links = list(self._links.values())
+        self._links.clear()
+        for link in links:
+            await link.aclose()
+
+    def link(self, worker: Worker) -> Upstream:
+        """The link to a worker, opened at its first request."""
+        found = self._links.get(worker.socket)
+        if found is None:
+            found = Upstream(Peer(unix=worker.socket), limits=self._limits, tap=self._tap)
+            self._links[worker.socket] = found
+        return found
+
+    async def _forward(self, pool: str, head: Head, body: memoryview) -> Answer:
+        """Try workers until one has taken the request."""
+        fields = [(b"content-type", REQUEST_TYPE), (POOL, pool.encode())]
+        fields += [(name, head.fields[name]) for name in _HINTS if name in head.fields]
+        tried: frozenset[str] = frozenset()
+        while True:
+            entry = self._registry.choose(pool, self._clock(), tried=tried)
+            entry.in_flight += 1
+            try:
+                answer = await self.link(entry.worker).request(
+                    b"POST", _TARGET, fields, body, timeout=self._timeout
+                )
+            except TransportError as error:
+                if error.sent:
+                    raise
+                entry.suspect = True
+                tried |= {entry.worker.id}
+                continue
+            finally:
+                entry.in_flight -= 1
+            passed = tuple(each for each in answer.fields if each[0] in _PASSED_BACK)
+            return Answer(
+                status=answer.status, body=answer.body, content_type=answer.content_type, fields=passed
+            )

@@ -1,0 +1,340 @@
+"""The server's side of one connection: one request at a time, read straight into the buffer its handler owns.
+
+A connection passes through four states. HEAD collects a head in a buffer of fixed size; BODY fills a buffer
+of exactly the declared length; BUSY waits for the handler and for the peer to read the answer, with reading
+paused, so that neither pipelined requests nor a slow reader grow memory; DISCARD has refused and drops what
+still arrives, because closing a socket with unread bytes would destroy the refusal before the peer reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import inspect
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, Protocol, TypeAlias, cast
+
+from cloister.errors import FormatError
+from cloister.net import http1
+from cloister.net.guest import Guest
+from cloister.net.messages import Answer, Buffer, Fields, Head, Limits, Tap
+
+Handler: TypeAlias = Callable[[Head, memoryview], Awaitable[Answer]]
+Get: TypeAlias = Callable[[], "Answer | Awaitable[Answer]"]
+ROUTE: Final = b"/ohttp"
+_LINGER: Final = 1.0  # seconds that a refused peer has to read its refusal
+_JOIN: Final = 16 << 10  # bytes; a shorter body is written together with its head
+_logger = logging.getLogger("cloister.net")
+
+
+class Member(Protocol):
+    """A connection as the server that owns it sees it."""
+
+    def tick(self, now: float) -> None:
+        """Drop the connection if its time is over; ``now`` is the loop's clock."""
+
+    def shut(self) -> None:
+        """Close now if idle, else after the request in progress."""
+
+    def abort(self) -> None:
+        """Close now, whatever is in progress."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Shared:
+    """What the connections of one server share."""
+
+    handler: Handler
+    gets: Mapping[bytes, Get]
+    other: Callable[[], asyncio.Protocol] | None
+    limits: Limits
+    tap: Tap | None
+    loop: asyncio.AbstractEventLoop
+    members: set[Member] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    buffered: int = 0  # bytes of request bodies in memory
+    closing: bool = False
+
+
+class _State(enum.Enum):
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    BUSY = enum.auto()
+    DISCARD = enum.auto()
+    GONE = enum.auto()
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection of a `FrontServer`."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._transport: asyncio.Transport
+        self._state = _State.GONE
+        self._deadline = math.inf  # by the loop's clock
+        self._head = bytearray(shared.limits.max_head)
+        self._filled = 0  # bytes of _head that hold received bytes
+        self._request: Head | None = None
+        self._body = memoryview(b"")
+        self._got = 0  # bytes of _body received
+        self._held = 0  # bytes counted in shared.buffered for this connection
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._tapped = 0
+
+    # --- what the event loop calls ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start waiting for a head, or refuse when too many are connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        shared = self._shared
+        if shared.tap is not None:
+            self._tapped = shared.tap.opened("front")
+        full = len(shared.members) >= shared.limits.max_connections
+        shared.members.add(self)
+        self._state = _State.HEAD
+        self._deadline = shared.loop.time() + shared.limits.head_timeout
+        if full or shared.closing:
+            self._refuse(503, ((b"retry-after", b"1"),))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        if self._state is _State.BODY:
+            return self._body[self._got :]
+        if self._state is _State.DISCARD:
+            return memoryview(self._head)
+        return memoryview(self._head)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take in the bytes that were read."""
+        if self._shared.tap is not None:
+            self._shared.tap.received(self._tapped, self.get_buffer(-1)[:nbytes])
+        if self._state is _State.BODY:
+            self._got += nbytes
+            if self._got == len(self._body):
+                self._dispatch_body()
+        elif self._state is not _State.DISCARD:
+            if self._filled == 0:
+                self._deadline = self._shared.loop.time() + self._shared.limits.head_timeout
+            self._filled += nbytes
+            if self._state is _State.HEAD:
+                self._advance()
+
+    def eof_received(self) -> bool:
+        """Close: a request that isn't complete never will be."""
+        return False
+
+    def pause_writing(self) -> None:
+        """The peer reads more slowly than answers are written."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """What was written has left."""
+        self._writable.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection. A handler in progress runs to its end: what it does may not be divisible."""
+        if self._state is not _State.BUSY:
+            self._release()
+        self._state = _State.GONE
+        self._shared.members.discard(self)
+        self._writable.set()
+
+    # --- what the server calls ---
+
+    def tick(self, now: float) -> None:
+        """Drop the connection if its time is over: a slow head, a slow body, a slow reader, or just idle."""
+        if now < self._deadline:
+            return
+        started = self._state is _State.HEAD and self._filled > 0
+        if started or self._state is _State.BODY:
+            self._refuse(408)
+        else:
+            self._transport.abort()
+
+    def shut(self) -> None:
+        """Close now if idle, else after the request in progress."""
+        if self._state is _State.DISCARD or (self._state is _State.HEAD and self._filled == 0):
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close now, whatever is in progress."""
+        self._transport.abort()
+
+    # --- reading ---
+
+    def _advance(self) -> None:
+        """Look for a complete head among the bytes that are there, and act upon it."""
+        end = self._head.find(http1.END, 0, self._filled)
+        if end < 0:
+            if self._filled == len(self._head):
+                self._refuse(431)
+            return
+        end += len(http1.END)
+        try:
+            request = http1.parse_request(memoryview(self._head)[:end], self._shared.limits)
+        except FormatError as error:
+            self._refuse(http1.status_of(error))
+            return
+        path = request.target
+        if path == ROUTE:
+            self._expect_body(request, end)
+        elif path in self._shared.gets:
+            self._take_get(request, end)
+        elif self._shared.other is not None:
+            self._hand_over(self._shared.other)
+        else:
+            self._refuse(404)
+
+    def _expect_body(self, request: Head, end: int) -> None:
+        """Check all that can be checked before a byte of the body is allocated; then receive it."""
+        shared, length = self._shared, request.length
+        expect = request.fields.get(b"expect", b"").lower()
+        if request.method != b"POST":
+            return self._refuse(405, ((b"allow", b"POST"),))
+        if length is None:
+            return self._refuse(411)
+        if length > shared.limits.max_body:
+            return self._refuse(413)
+        if expect not in (b"", b"100-continue"):
+            return self._refuse(417)
+        if shared.buffered + length > shared.limits.max_buffered:
+            return self._refuse(503, ((b"retry-after", b"1"),))
+        shared.buffered += length
+        self._held = length
+        self._request = request
+        self._body = memoryview(bytearray(length))
+        self._got = min(self._filled - end, length)
+        self._body[: self._got] = memoryview(self._head)[end : end + self._got]
+        self._drop(end + self._got)
+        self._state = _State.BODY
+        self._deadline = shared.loop.time() + shared.limits.transfer_timeout(length)
+        if self._got == length:
+            return self._dispatch_body()
+        if expect:
+            self._write(http1.CONTINUE)
+        return None
+
+    def _dispatch_body(self) -> None:
+        request, body = cast(Head, self._request), self._body
+        self._request, self._body = None, memoryview(b"")
+        self._dispatch(request, partial(self._shared.handler, request, body))
+
+    def _take_get(self, request: Head, end: int) -> None:
+        if request.method not in (b"GET", b"HEAD"):
+            return self._refuse(405, ((b"allow", b"GET, HEAD"),))
+        if request.length or request.chunked:
+            return self._refuse(400)
+        self._drop(end)
+        return self._dispatch(request, partial(_await, self._shared.gets[request.target]))
+
+    def _hand_over(self, other: Callable[[], asyncio.Protocol]) -> None:
+        """Give the connection, and every byte read from it so far, to a protocol of another kind.
+
+        uvloop chooses between its two ways of reading when reading starts, so a protocol may only be
+        exchanged while reading is paused.
+        """
+        unread = bytes(memoryview(self._head)[: self._filled])
+        shared, transport = self._shared, self._transport
+        self._state = _State.GONE
+        shared.members.discard(self)
+        guest = Guest(other(), shared.members, shared.limits.guest_timeout, shared.loop.time)
+        transport.pause_reading()
+        transport.set_protocol(guest)
+        guest.connection_made(transport, shared.tap, self._tapped)
+        transport.resume_reading()
+        guest.feed(unread)
+
+    def _drop(self, count: int) -> None:
+        """Remove the first ``count`` bytes from the head buffer, whose size never changes."""
+        rest = self._filled - count
+        self._head[:rest] = self._head[count : self._filled]
+        self._filled = rest
+
+    # --- answering ---
+
+    def _dispatch(self, request: Head, call: Callable[[], Awaitable[Answer]]) -> None:
+        self._state = _State.BUSY
+        self._deadline = math.inf  # how long an answer may take is its handler's to decide
+        self._transport.pause_reading()
+        task = self._shared.loop.create_task(self._respond(request, call))
+        self._shared.tasks.add(task)
+        task.add_done_callback(self._shared.tasks.discard)
+
+    async def _respond(self, request: Head, call: Callable[[], Awaitable[Answer]]) -> None:
+        keep = request.keep_alive
+        try:
+            answer = await call()
+            head = http1.format_answer(answer, keep_alive=keep and not self._shared.closing)
+        except asyncio.CancelledError:
+            self._transport.abort()
+            raise
+        except Exception as error:
+            # Neither the peer nor the log learns more: a message or a traceback may hold data of a request.
+            _logger.error("a handler failed: %s", type(error).__name__)  # noqa: TRY400
+            answer, keep = Answer(status=500), False
+            head = http1.format_answer(answer, keep_alive=False)
+        finally:
+            self._release()
+        if self._state is _State.GONE:
+            return
+        body = answer.body if http1.has_body(answer.status, request.method) else b""
+        self._write_message(head, body)
+        if not self._writable.is_set():
+            timeout = self._shared.limits.transfer_timeout(len(body))
+            self._deadline = self._shared.loop.time() + timeout
+            await self._writable.wait()
+        self._next(keep=keep and not self._shared.closing)
+
+    def _next(self, *, keep: bool) -> None:
+        """After an answer: the next request, which may already be here."""
+        if self._state is _State.GONE:
+            return
+        if not keep:
+            self._transport.close()
+            self._deadline = self._shared.loop.time() + self._shared.limits.body_timeout
+            return
+        limits = self._shared.limits
+        self._state = _State.HEAD
+        wait = limits.head_timeout if self._filled else limits.idle_timeout
+        self._deadline = self._shared.loop.time() + wait
+        if self._filled:
+            self._advance()
+        if self._state in (_State.HEAD, _State.BODY) and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _refuse(self, status: int, fields: Fields = ()) -> None:
+        """Answer with an empty body and close, leaving the peer a moment to read it."""
+        self._release()
+        self._request, self._body, self._filled = None, memoryview(b""), 0
+        self._state = _State.DISCARD
+        self._deadline = self._shared.loop.time() + _LINGER
+        self._write(http1.format_answer(Answer(status=status, fields=fields), keep_alive=False))
+        if not self._transport.is_closing():
+            self._transport.write_eof()
+            self._transport.resume_reading()
+
+    def _write_message(self, head: bytes, body: Buffer) -> None:
+        if len(body) <= _JOIN:
+            self._write(head + body)
+        else:
+            self._write(head)
+            self._write(body)
+
+    def _write(self, data: Buffer) -> None:
+        if self._shared.tap is not None:
+            self._shared.tap.sent(self._tapped, data)
+        self._transport.write(data)
+
+    def _release(self) -> None:
+        self._shared.buffered -= self._held
+        self._held = 0
+
+
+async def _await(get: Get) -> Answer:
+    answer = get()
+    return await answer if inspect.isawaitable(answer) else answer

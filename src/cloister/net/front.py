@@ -1,0 +1,154 @@
+"""The compact HTTP/1.1 server of every enclave and of the gateway, for one route: ``POST /ohttp``.
+
+Bodies of hundreds of kilobytes are read straight into the buffer that the handler owns. A few outer GETs can
+be added; all else goes to another protocol (uvicorn's, in the gateway) or is answered 404.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from cloister.errors import UsageError
+from cloister.net.connection import Connection, Get, Handler, Shared
+from cloister.net.messages import Answer, Buffer, Fields, Head, Limits, Tap
+
+__all__ = ["Answer", "Buffer", "Fields", "FrontServer", "Get", "Handler", "Head", "Limits", "Tap", "serve"]
+
+MAX_UNIX_PATH: Final = 107  # bytes (sun_path of unix(7), less its terminator)
+_BACKLOG: Final = 512
+_NONE: Final[Mapping[bytes, Get]] = MappingProxyType({})
+
+
+class FrontServer:
+    """A running server; `serve` makes it.
+
+    Attributes:
+        port: TCP port; 0 where the server listens on a Unix socket.
+    """
+
+    def __init__(self, server: asyncio.Server, shared: Shared, *, port: int, unix: Path | None) -> None:
+        self.port = port
+        self._server = server
+        self._shared = shared
+        self._unix = unix
+        limits = shared.limits
+        shortest = min(limits.head_timeout, limits.body_timeout, limits.idle_timeout, limits.guest_timeout)
+        self._interval = min(1.0, max(0.02, shortest / 4))
+        self._timer = shared.loop.call_later(self._interval, self._sweep)
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open now, handed-over ones included."""
+        return len(self._shared.members)
+
+    def _sweep(self) -> None:
+        """One timer for all connections; one per request would cost more than the checks."""
+        now = self._shared.loop.time()
+        for member in list(self._shared.members):
+            member.tick(now)
+        self._timer = self._shared.loop.call_later(self._interval, self._sweep)
+
+    async def close(self, grace: float = 5.0) -> None:
+        """Accept nothing more, let requests in progress finish for ``grace`` seconds, then drop the rest."""
+        shared = self._shared
+        if shared.closing:
+            return
+        shared.closing = True
+        self._server.close()
+        if self._unix is not None:
+            with contextlib.suppress(OSError):
+                self._unix.unlink()
+        for member in list(shared.members):
+            member.shut()
+        try:
+            await self._emptied(grace)
+        finally:
+            for member in list(shared.members):
+                member.abort()
+            for task in list(shared.tasks):
+                task.cancel()
+            await self._emptied(1.0)
+            self._timer.cancel()
+
+    async def _emptied(self, grace: float) -> None:
+        shared, end = self._shared, self._shared.loop.time() + grace
+        # Connections leave from several places; only a closing server looks, so it looks again and again.
+        while (shared.members or shared.tasks) and shared.loop.time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def serve(
+    handler: Handler,
+    *,
+    unix: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    limits: Limits | None = None,
+    gets: Mapping[bytes, Get] = _NONE,
+    other: Callable[[], asyncio.Protocol] | None = None,
+    tap: Tap | None = None,
+) -> FrontServer:
+    """Start a server in the running loop.
+
+    Args:
+        handler: Answers ``POST /ohttp``. It owns the body it is given; what it raises becomes a bare 500.
+        unix: Path of a Unix socket (made with mode 0600) to listen on instead of ``host`` and ``port``.
+        host: Address to listen on.
+        port: TCP port; 0 picks a free one.
+        limits: What peers may send.
+        gets: Answers by target, for GET and HEAD.
+        other: Makes the protocol that a connection is handed over to, with all bytes read so far, at its
+            first request for another target. It stays there.
+        tap: Sees every byte.
+
+    Raises:
+        UsageError: the socket can't be listened on.
+    """
+    loop = asyncio.get_running_loop()
+    shared = Shared(handler=handler, gets=gets, other=other, limits=limits or Limits(), tap=tap, loop=loop)
+    try:
+        listener = _unix_socket(unix) if unix is not None else None
+        if listener is not None:
+            server = await loop.create_unix_server(
+                lambda: Connection(shared), sock=listener, backlog=_BACKLOG
+            )
+        else:
+            server = await loop.create_server(lambda: Connection(shared), host, port, backlog=_BACKLOG)
+    except OSError as error:
+        where = str(unix) if unix is not None else f"{host}:{port}"
+        raise UsageError(f"can't listen on {where}: {error.strerror}", code="net.listen") from error
+    picked = 0 if unix is not None else int(server.sockets[0].getsockname()[1])
+    return FrontServer(server, shared, port=picked, unix=unix)
+
+
+def _unix_socket(path: Path) -> socket.socket:
+    """A bound socket that only its owner can connect to, from its first moment on."""
+    raw = os.fsencode(path)
+    if len(raw) > MAX_UNIX_PATH:
+        raise UsageError(
+            "the path of a Unix socket is too long",
+            code="net.unix-path",
+            claim="path length",
+            expected=f"at most {MAX_UNIX_PATH} B",
+            actual=len(raw),
+            hint="Choose a shorter run directory.",
+        )
+    if path.is_socket():
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Linux gives the new inode the mode of the unbound socket: no moment in which others could connect.
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(raw)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
