@@ -86,11 +86,12 @@ class HostLink:
         if not 0 < size <= MAX_SEALED_MODEL:
             raise FormatError(claim="sealed model size", expected=f"1 to {MAX_SEALED_MODEL} B", actual=size)
         received = 0
-        async for piece in self._host.stream(f"/blobs/{digest.hex()}".encode(), ()):
-            received += len(piece)
-            if received > size:
-                break
-            yield piece
+        async with self._host.stream(f"/blobs/{digest.hex()}".encode(), max_length=MAX_SEALED_MODEL) as pieces:
+            async for piece in pieces:
+                received += len(piece)
+                if received > size:
+                    break
+                yield piece
         if received != size:
             raise TransportError(
                 "the host's copy of the sealed model has another length",

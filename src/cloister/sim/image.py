@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import os
+import shutil
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -101,18 +102,36 @@ class EnclaveImage:
     interpreter: Interpreter
 
     @property
-    def search_path(self) -> tuple[str, ...]:
-        """The folders that follow the standard library on the enclave's ``sys.path``."""
-        sites = [str(distribution.site) for distribution in self.distributions]
-        return tuple(dict.fromkeys([str(self.source.parent), *sites]))
-
-    @property
     def paths(self) -> tuple[Path, ...]:
         """Every file and folder that the enclave reads, apart from the system's own libraries."""
         interpreter = self.interpreter
         found = [self.source / part for part in SOURCE_PARTS if (self.source / part).exists()]
         found += [each.site / root for each in self.distributions for root in each.roots]
         return (interpreter.binary, *interpreter.libraries, interpreter.stdlib, *found)
+
+    def assemble(self, folder: Path) -> None:
+        """Make ``folder`` anew: links to the image's parts, and so the enclave's whole import path.
+
+        What else is installed beside those parts can't be imported then, with or without a sandbox.
+
+        Raises:
+            OSError: the folder can't be made.
+        """
+        discard(folder)
+        links = {f"cloister/{part}": self.source / part for part in SOURCE_PARTS}
+        links |= {root: each.site / root for each in self.distributions for root in each.roots}
+        folder.mkdir(mode=0o700)
+        for name, target in links.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(target)
+
+
+def discard(folder: Path) -> None:
+    """Remove what `EnclaveImage.assemble` made, or whatever an enclave put in its place."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def installed_source() -> Path:

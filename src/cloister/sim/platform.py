@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -19,9 +20,9 @@ from typing import Final
 
 from cloister.errors import Unavailable, UsageError
 from cloister.sim.device import Authority, TeeDevice
-from cloister.sim.image import EnclaveImage, locate
+from cloister.sim.image import EnclaveImage, discard, locate
 from cloister.sim.measurement import Measurement, measure_image
-from cloister.sim.sandbox import Sandbox
+from cloister.sim.sandbox import IMAGE_NAME, Sandbox
 
 ANNOUNCEMENT: Final = "simulated TEE: protects nothing from this machine's administrator"
 DEVICE_VARIABLE: Final = "CLOISTER_TEE_FD"
@@ -43,14 +44,17 @@ class SimulatedEnclave:
     def __init__(
         self,
         process: asyncio.subprocess.Process,
+        *,
         device: TeeDevice,
         measurement: Measurement,
         log: Path,
+        assembled: Path,
         info_fd: int | None,
     ) -> None:
         """Only `SimulatedPlatform.launch` makes one."""
         self._process = process
         self._device = device
+        self._assembled = assembled
         self._info_fd = info_fd
         self.measurement = measurement
         self.log = log
@@ -106,6 +110,8 @@ class SimulatedEnclave:
     def _release(self) -> None:
         self._device.close()
         self._close_info()
+        with contextlib.suppress(OSError):
+            discard(self._assembled)
 
 
 class SimulatedPlatform:
@@ -200,6 +206,9 @@ class SimulatedPlatform:
                 ours.callback(os.close, info[0])
                 theirs.callback(os.close, info[1])
                 inherited.append(info[1])
+            assembled = run_dir / IMAGE_NAME
+            image.assemble(assembled)
+            ours.callback(shutil.rmtree, assembled, ignore_errors=True)
             output = theirs.enter_context(_open_log(log))
             command = self.sandbox.command(
                 image, run_dir, memory_limit=memory_limit, info_fd=info[1] if info else None
@@ -217,7 +226,14 @@ class SimulatedPlatform:
             device = TeeDevice(here, self._authority, measurement, self._clock)
             device.start()
             ours.pop_all()
-        return SimulatedEnclave(process, device, measurement, log, info[0] if info else None)
+        return SimulatedEnclave(
+            process,
+            device=device,
+            measurement=measurement,
+            log=log,
+            assembled=assembled,
+            info_fd=info[0] if info else None,
+        )
 
 
 def _existing_folder(path: Path) -> Path:

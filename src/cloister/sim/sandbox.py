@@ -22,12 +22,14 @@ from typing import Any, Final
 from cloister.errors import UsageError
 from cloister.sim.image import ENTRY_MODULE, EnclaveImage
 
+IMAGE_NAME: Final = "image"  # of the folder of the run folder that `EnclaveImage.assemble` makes
+
 _CONFINE: Final = Path(__file__).with_name("confine.py")
 _PROBE_TIMEOUT: Final = 10  # seconds
 
 # The enclave starts without `site`: no .pth file and no sitecustomize, which nobody measures, may run in it.
 _BOOT: Final = (
-    "import runpy, sys; name, path = sys.argv[1:3]; sys.path += path.splitlines(); del sys.argv[1:3]; "
+    "import runpy, sys; name, path = sys.argv[1:3]; sys.path.append(path); del sys.argv[1:3]; "
     "runpy.run_module(name, run_name='__main__', alter_sys=True)"
 )
 
@@ -135,7 +137,7 @@ class Sandbox:
         """The command line that starts ``image``'s enclave, confined.
 
         Args:
-            image: What the enclave may see.
+            image: What the enclave may see, assembled in ``run_dir / IMAGE_NAME``.
             run_dir: The one folder that it may write.
             memory_limit: Enclave memory in bytes, or no limit.
             info_fd: Where bubblewrap, if used, writes the enclave's process id.
@@ -145,8 +147,8 @@ class Sandbox:
         """
         if memory_limit is not None and memory_limit <= 0:
             raise UsageError("the memory limit is not positive", claim="memory_limit", actual=memory_limit)
-        python = str(image.interpreter.binary)
-        argv = [python, "-I", "-S", "-B", "-c", _BOOT, ENTRY_MODULE, "\n".join(image.search_path)]
+        python, folder = str(image.interpreter.binary), run_dir / IMAGE_NAME
+        argv = [python, "-I", "-S", "-B", "-c", _BOOT, ENTRY_MODULE, str(folder)]
         argv += [image.role.name, str(run_dir)]
         readable = [str(path) for path in _readable(image)]
         if self.bubblewrap is not None:
@@ -175,6 +177,7 @@ class Sandbox:
         for path in readable:
             arguments += ["--ro-bind", path, path]
         arguments += ["--bind", str(run_dir), str(run_dir), "--chdir", str(run_dir)]
+        arguments += ["--ro-bind", str(run_dir / IMAGE_NAME), str(run_dir / IMAGE_NAME)]
         if info_fd is not None:
             arguments += ["--info-fd", str(info_fd)]
         return arguments

@@ -1,4 +1,4 @@
-"""TCB info (format 3) and QE identity (format 2) of the simulated platform, as the JSON texts that get signed."""
+"""TCB info (format 3) and QE identity (format 2) of the simulated platform, as the JSON texts to sign."""
 
 from __future__ import annotations
 

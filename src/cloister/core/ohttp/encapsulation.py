@@ -52,6 +52,7 @@ class Encapsulation:
         """
         if self._sealed:
             raise UsageError("an encapsulation seals one request", code="ohttp.used")
+        hpke.require_sealable(plaintext)
         self._sealed = True
         start = HEADER_SIZE + len(self.enc)
         message = bytearray(start + octets(plaintext).nbytes + hpke.N_TAG)

@@ -121,6 +121,8 @@ class SealedHeader:
         for claim, value in (("salt", self.salt), ("commitment", self.commitment), ("root", self.root)):
             if type(value) is not bytes or len(value) != DIGEST_SIZE:
                 raise _malformed(claim, f"{DIGEST_SIZE} bytes", _size_of(value))
+        if not all(type(number) is int for number in (self.size, *(part.offset for part in self.sections))):
+            raise _malformed("sizes and offsets", "integers", "other values")
         expected = lay_out([(part.name, part.length) for part in self.sections])
         if self.sections != expected:
             raise _malformed("sections", "each at the next page after the one before", "other offsets")

@@ -29,7 +29,7 @@ MAX_CHAIN: Final = 3  # certificates: leaf, CA, root
 MAX_PEM: Final = 16 << 10  # bytes of a chain
 
 _PEM: Final = re.compile(
-    rb"\s*-----BEGIN CERTIFICATE-----\r?\n([A-Za-z0-9+/=\s]{1,6000})-----END CERTIFICATE-----\s*"
+    rb"[\r\n]*-----BEGIN CERTIFICATE-----\r?\n([A-Za-z0-9+/=\r\n]{1,6000})-----END CERTIFICATE-----[\r\n]*"
 )
 _KNOWN_CRITICAL: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE})
 
@@ -123,10 +123,13 @@ def load_chain(pem: bytes) -> tuple[Certificate, ...]:
         match = _PEM.match(rest)
         if match is None or len(chain) == MAX_CHAIN:
             raise _unreadable("certificate chain", f"not 1 to {MAX_CHAIN} certificates in PEM")
+        text = b"".join(match[1].split())
         try:
-            der = base64.b64decode(b"".join(match[1].split()), validate=True)
+            der = base64.b64decode(text, validate=True)
         except ValueError as error:
             raise _unreadable("certificate chain", "not base64") from error
+        if base64.b64encode(der) != text:
+            raise _unreadable("certificate chain", "not canonical base64")
         chain.append(load_certificate(der))
         rest = rest[match.end() :]
     if not chain:

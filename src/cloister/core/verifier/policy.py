@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Final
@@ -41,7 +42,7 @@ class AppraisalPolicy:
     Attributes:
         tee: ``"sgx"``.
         mr_enclave: Accepted measurements, 32 B each; at least one.
-        attributes: 16 B that ATTRIBUTES must equal where ``attributes_mask`` has a bit. DEBUG is always refused.
+        attributes: 16 B that ATTRIBUTES must equal where ``attributes_mask`` has a bit; never DEBUG.
         attributes_mask: 16 B; covers DEBUG.
         mr_signer: Accepted signers, 32 B each; empty: ``mr_enclave`` alone identifies the code.
         isv_prod_id: The product id, exactly.
@@ -49,10 +50,10 @@ class AppraisalPolicy:
         allowed_tcb: Accepted TCB statuses; at least one, never ``"Revoked"``.
         denied_advisories: Advisories that must not apply.
         min_tcb_evaluation: Least TCB evaluation data number.
-        platforms: Accepted platform families (FMSPC, 6 B each), or none where ``any_platform`` is set.
+        platforms: Accepted platform families (FMSPC, 6 B each); none where ``any_platform`` is set.
         any_platform: Accept every platform family.
         max_age: Oldest accepted TCB info, QE identity or PCK CRL, in seconds.
-        dangerous_simulated_root: DER form of a simulated platform's root, which then is the only one accepted.
+        dangerous_simulated_root: DER form of a simulated platform's root, then the only one accepted.
             ``None``, the strict value, accepts the vendors' roots only.
 
     Raises:
@@ -155,6 +156,15 @@ class AppraisalPolicy:
             table = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"the policy is not TOML: {error}"[:200], code="policy.format") from error
+        return cls.from_table(table)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> AppraisalPolicy:
+        """Read a policy that is a table of a larger TOML file; as `from_toml`.
+
+        Raises:
+            UsageError: an unknown key, a wrong type, a missing or contradictory value, or empty.
+        """
         if not table:
             raise _empty()
         known = {field.name for field in fields(cls)}

@@ -1,6 +1,7 @@
 """Comparing two appraisal policies: does one admit everything that the other admits.
 
-So a client can accept a pool whose workers it never meets: all that the pool's policy admits, its own admits too.
+So a client can accept a pool whose workers it never meets: all that the pool's policy admits, its own
+policy admits too.
 """
 
 from __future__ import annotations

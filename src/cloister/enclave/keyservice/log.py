@@ -66,7 +66,7 @@ class Log:
         version, sealed = record
         plaintext = open_record(
             sealing_key,
-            sealed,
+            sealed=sealed,
             service=_NO_SERVICE,
             table=IDENTITY_TABLE,
             record_key=_IDENTITY_KEY,
@@ -163,7 +163,7 @@ class Log:
             entry = Entry.from_bytes(
                 open_record(
                     self._state_key,
-                    sealed,
+                    sealed=sealed,
                     service=self.service,
                     table=LOG_TABLE,
                     record_key=key,

@@ -1,8 +1,8 @@
 """Owns one enclave: its run folder, its host link, its process, its registration.
 
 An enclave's run folder holds ``configuration``, which it is started with and attests; ``link.sock``, its way
-out; and ``enclave.sock``, where it listens. A crashed enclave is started again, after a pause that grows while
-it keeps crashing; `Launcher.stop` leaves no process, task or file behind but the log.
+out; and ``enclave.sock``, where it listens. A crashed enclave is started again, after a pause that grows as
+long as it keeps crashing. `Launcher.stop` leaves no process, task or file behind but the log.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Timing:
     backoff_most: float = 10.0
     stable: float = 10.0  # of service, after which a crash counts as the first again
     stop: float = 5.0  # between SIGTERM and SIGKILL
+
+    def pause(self, crashes: int) -> float:
+        """Seconds to wait before the next start, after that many crashes in a row (at least one)."""
+        # The exponent is bounded because 2.0 ** 1024 is an error.
+        return min(self.backoff_least * 2.0 ** min(crashes - 1, 32), self.backoff_most)
 
 
 class Launcher:
@@ -228,9 +233,7 @@ class Launcher:
             self._ready.clear()
             self._process = None
             crashes = 1 if time.monotonic() - since > self._timing.stable else crashes + 1
-            # The exponent is bounded because 2.0 ** 1024 is an error.
-            delay = min(self._timing.backoff_least * 2.0 ** min(crashes - 1, 32), self._timing.backoff_most)
-            await asyncio.sleep(delay)
+            await asyncio.sleep(self._timing.pause(crashes))
             self.restarts += 1
             try:
                 await self._launch()

@@ -1,0 +1,146 @@
+"""``cloister owner``: seal models, publish statements, grant and revoke."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress as ProgressBar
+
+from cloister.cli.output import console, print_json, read_text
+from cloister.core.protocol.statement import Statement
+from cloister.core.protocol.trust import UserPolicy, hex_digest
+from cloister.owner.desk import Desk
+from cloister.owner.policy import ModelPolicy
+from cloister.owner.publish import Publisher
+from cloister.owner.seal import seal_model
+
+app = typer.Typer(help="The owner's desk.", no_args_is_help=True)
+DeskDir = Annotated[Path, typer.Option("--desk", help="The owner's desk (a folder with secrets).")]
+Name = Annotated[str, typer.Argument(help="The model's name.")]
+Url = Annotated[str, typer.Argument(help="URL of a gateway.")]
+Trusted = Annotated[Path, typer.Option("--service-policy", help="User policy (TOML) that names the service and its key service.")]
+User = Annotated[str, typer.Argument(help="The user's id at this owner (64 hex digits).")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+DAY = 86400
+
+
+@app.command("init")
+def init(desk: DeskDir = Path("owner"), as_json: AsJson = False) -> None:
+    """Make an owner's desk with a new key; print the owner's thumbprint."""
+    owner = Desk.create(desk).owner.hex()
+    if as_json:
+        print_json({"owner": owner, "desk": str(desk)})
+    else:
+        console.print(f"owner {owner}\ndesk in {desk}; keep it secret", soft_wrap=True)
+
+
+@app.command("seal")
+def seal(
+    name: Name,
+    model: Annotated[Path, typer.Argument(help="An .onnx file.")],
+    output: Annotated[Path | None, typer.Option("--output", help="The sealed file; by default NAME.sealed on the desk.")] = None,
+    desk: DeskDir = Path("owner"),
+    as_json: AsJson = False,
+) -> None:
+    """Check a model, seal it under a fresh key, keep the key on the desk."""
+    opened = Desk.open(desk)
+    target = output or desk / f"{name}.sealed"
+    with _bar("sealing", quiet=as_json) as progress:
+        kept = seal_model(opened, name, model, target, progress=progress)
+    facts = {
+        "model": opened.model_id(name),
+        "sealed": str(target),
+        "bytes": kept.sealed.size,
+        "header": kept.sealed.header.hex(),
+        "blob": kept.sealed.blob.hex(),
+    }
+    _print(facts, as_json=as_json)
+
+
+@app.command("publish")
+def publish(
+    name: Name,
+    url: Url,
+    policy: Annotated[Path, typer.Option("--policy", help="Model policy (TOML).")],
+    service_policy: Trusted,
+    sealed: Annotated[Path | None, typer.Option("--sealed", help="The sealed file; by default NAME.sealed on the desk.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Pool id (64 hex digits); by default the only one.")] = None,
+    desk: DeskDir = Path("owner"),
+    as_json: AsJson = False,
+) -> None:
+    """Verify the service, upload the sealed model, publish the next signed statement."""
+    model_policy = ModelPolicy.from_toml(read_text(policy, "model policy"))
+    with _publisher(desk, url, service_policy) as publisher, _bar("uploading", quiet=as_json) as progress:
+        statement = publisher.publish(
+            name,
+            model_policy,
+            sealed or desk / f"{name}.sealed",
+            pool=None if pool is None else hex_digest(pool, "pool"),
+            progress=progress,
+        )
+    _print_statement(statement, as_json=as_json)
+
+
+@app.command("grant")
+def grant(
+    name: Name,
+    user: User,
+    url: Url,
+    service_policy: Trusted,
+    days: Annotated[int, typer.Option(min=1, max=3660, help="Days until the grant ends.")] = 30,
+    desk: DeskDir = Path("owner"),
+    as_json: AsJson = False,
+) -> None:
+    """Grant a model to a user."""
+    with _publisher(desk, url, service_policy) as publisher:
+        statement = publisher.grant(name, hex_digest(user, "user"), int(time.time()) + days * DAY)
+    _print_statement(statement, as_json=as_json)
+
+
+@app.command("revoke")
+def revoke(
+    name: Name, user: User, url: Url, service_policy: Trusted, desk: DeskDir = Path("owner"), as_json: AsJson = False
+) -> None:
+    """Take a grant back. Workers follow within their lease, in seconds and in requests."""
+    with _publisher(desk, url, service_policy) as publisher:
+        statement = publisher.revoke(name, hex_digest(user, "user"))
+    _print_statement(statement, as_json=as_json)
+
+
+def _publisher(desk: Path, url: str, service_policy: Path) -> Publisher:
+    trusted = UserPolicy.from_toml(read_text(service_policy, "service policy"))
+    return Publisher(Desk.open(desk), url, service=trusted.service, key_service=trusted.key_service)
+
+
+def _print_statement(statement: Statement, *, as_json: bool) -> None:
+    facts: dict[str, object] = {
+        "model": statement.model,
+        "version": statement.version,
+        "statement": statement.digest.hex(),
+        "grants": len(statement.grants),
+    }
+    _print(facts, as_json=as_json)
+
+
+def _print(facts: dict[str, object] | dict[str, str | int], *, as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        console.print(f"{name:>10}  {value}", soft_wrap=True)
+
+
+@contextmanager
+def _bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar for work that may take over a second."""
+    if quiet:
+        yield None
+        return
+    with ProgressBar(console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,213 @@
+"""``cloister gateway | keyservice | worker``: the processes of a service, each one host's launcher or front door."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from cloister.cli.site import Site, reference_policy
+from cloister.core.protocol.configuration import EnclaveConfiguration
+from cloister.errors import UsageError
+from cloister.net.link import Peer, Upstream
+from cloister.net.loop import run
+from cloister.net.messages import Limits
+
+_PR_SET_PDEATHSIG: Final = 1
+_FORWARD_TIMEOUT: Final = 30.0  # seconds
+MAX_BLOBS: Final = 256 << 30  # bytes
+
+Data = Annotated[Path, typer.Option("--data", help="Data directory of the service.")]
+Follow = Annotated[bool, typer.Option("--follow-parent", hidden=True, help="End when the parent process does.")]
+
+
+def gateway(
+    data: Data = Path("var"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0 picks one.")] = 0,
+    capture: Annotated[Path | None, typer.Option(help="Append every byte seen to this file.")] = None,
+    max_body: Annotated[int, typer.Option(help="Largest encapsulated request, in bytes.")] = 64 << 20,
+    follow: Follow = False,
+) -> None:
+    """Run the gateway: the HTTP front door, which sees ciphertext only."""
+    from cloister.host.gateway.server import Gateway
+    from cloister.host.store.blobs import BlobStore
+
+    site = _prepare(data, follow=follow)
+
+    async def main() -> None:
+        server = Gateway(
+            host=host,
+            port=port,
+            admin=site.admin,
+            blobs=BlobStore(site.blobs, MAX_BLOBS),
+            capture=capture,
+            limits=Limits(max_body=max_body),
+        )
+        async with server:
+            site.write_facts(url=f"http://{host}:{server.port}")
+            await _until_told()
+
+    run(main())
+
+
+def keyservice(
+    data: Data = Path("var"),
+    settings: Annotated[str, typer.Option(help="JSON object of enclave settings.")] = "{}",
+    source: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    follow: Follow = False,
+) -> None:
+    """Run a key service enclave on this host (simulated TEE)."""
+    site = _prepare(data, follow=follow)
+    configuration = EnclaveConfiguration(
+        role="key-service", anchor_root=_root(site), settings=_settings(settings)
+    )
+    _run_enclave(site, "key-service", "key-service", "key-service", configuration, source)
+
+
+def worker(
+    data: Data = Path("var"),
+    name: Annotated[str, typer.Option(help="Name of this worker on its host.")] = "worker-1",
+    pool: Annotated[str, typer.Option(help="Name of the pool that it joins.")] = "default",
+    settings: Annotated[str, typer.Option(help="JSON object of enclave settings.")] = "{}",
+    source: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    follow: Follow = False,
+) -> None:
+    """Run a worker enclave on this host (simulated TEE)."""
+    from cloister.sim.measurement import measure
+
+    site = _prepare(data, follow=follow)
+    root, definition = _root(site), site.read_pool(pool)
+    configuration = EnclaveConfiguration(
+        role="worker",
+        anchor_root=root,
+        service=site.service(),
+        pool=definition,
+        key_service=reference_policy(measure("key-service"), root),
+        settings=_settings(settings),
+    )
+    _run_enclave(site, "worker", name, definition.id.hex(), configuration, source)
+
+
+def _run_enclave(
+    site: Site, role: str, name: str, pool: str, configuration: EnclaveConfiguration, source: Path | None
+) -> None:
+    from cloister.host.launcher.launcher import Launcher
+    from cloister.host.launcher.link import link_app
+    from cloister.host.store.app import store_routes
+    from cloister.host.store.blobs import BlobStore
+    from cloister.host.store.sqlite import SqliteRecords
+    from cloister.sim.authority import SimulatedAuthority
+    from cloister.sim.platform import SimulatedPlatform
+    from cloister.sim.sandbox import Sandbox
+
+    authority = SimulatedAuthority.open_or_create(site.authority, now=int(time.time()))
+    platform = SimulatedPlatform(authority, Sandbox.detect())
+    logging.info("%s", platform.announcement)
+
+    async def main() -> None:
+        admin, public = Upstream(Peer(unix=site.admin)), Upstream(_public_peer(site), limits=Limits(max_body=64 << 20))
+        routes = store_routes(BlobStore(site.blobs, MAX_BLOBS), SqliteRecords.open(site.records))
+        launcher = Launcher(
+            platform,
+            role,
+            site.run_dir(name),
+            link_app(routes, forward=_forward(public), fetch_document=_fetch(public)),
+            _registration(admin, name, pool),
+            configuration=configuration.to_bytes(),
+            memory_limit=None,
+            source=source,
+        )
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(aclosing(admin))
+            await stack.enter_async_context(aclosing(public))
+            stack.push_async_callback(launcher.stop)
+            await launcher.start()
+            await _until_told()
+
+    run(main())
+
+
+def _registration(admin: Upstream, name: str, pool: str) -> Callable[[Path], Awaitable[None]]:
+    async def register(socket: Path) -> None:
+        body = json.dumps({"pool": pool, "socket": str(socket)}).encode()
+        fields = ((b"content-type", b"application/json"),)
+        await admin.request(b"PUT", f"/workers/{name}".encode(), fields, body, timeout=5.0)
+
+    return register
+
+
+def _forward(public: Upstream) -> Callable[[dict[str, str], bytes], Awaitable[tuple[int, str, bytes]]]:
+    async def forward(fields: dict[str, str], body: bytes) -> tuple[int, str, bytes]:
+        raw = tuple((name.encode(), value.encode()) for name, value in fields.items())
+        answer = await public.request(b"POST", b"/ohttp", raw, body, timeout=_FORWARD_TIMEOUT)
+        return answer.status, answer.content_type.decode(), bytes(answer.body)
+
+    return forward
+
+
+def _fetch(public: Upstream) -> Callable[[], Awaitable[tuple[int, str, bytes]]]:
+    async def fetch() -> tuple[int, str, bytes]:
+        answer = await public.request(b"GET", b"/.well-known/cloister", (), b"", timeout=_FORWARD_TIMEOUT)
+        return answer.status, answer.content_type.decode(), bytes(answer.body)
+
+    return fetch
+
+
+def _public_peer(site: Site) -> Peer:
+    url = site.read_facts().get("url", "")
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError("no gateway has started here yet", code="site.gateway", claim=str(site.facts))
+    return Peer(host=host, port=int(port))
+
+
+def _root(site: Site) -> bytes:
+    from cloister.sim.authority import SimulatedAuthority
+
+    return SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).root_der
+
+
+def _settings(text: str) -> dict[str, int]:
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise UsageError("the settings are not JSON", code="settings.format", claim="--settings") from error
+    if not isinstance(settings, dict):
+        raise UsageError("the settings are no JSON object", code="settings.format", claim="--settings")
+    return settings
+
+
+def _prepare(data: Path, *, follow: bool) -> Site:
+    """Set up one role's process: quiet logs, the data directory, an end together with its parent."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    if follow:
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit(1)
+    site = Site(data.absolute())
+    site.make()
+    return site
+
+
+async def _until_told() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await told.wait()
+
+

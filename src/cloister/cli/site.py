@@ -1,0 +1,136 @@
+"""Layout of a data directory: one folder in which a whole service on one host lives."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cloister.cli.output import read_text, write_text
+from cloister.core.protocol.pool import Pool
+from cloister.core.protocol.trust import hex_digest
+from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.errors import UsageError
+from cloister.sim.authority import ATTRIBUTES
+from cloister.sim.measurement import Measurement
+
+# All of SGX ATTRIBUTES' flags count (Intel SDM, volume 3D, section 35.7.1); of XFRM only that reserved bits are zero
+# depends on the processor, so it is left open. DEBUG is refused whatever a policy says.
+ATTRIBUTES_MASK: Final = bytes.fromhex("ffffffffffffffff0000000000000000")
+ALLOWED_TCB: Final = frozenset({"UpToDate"})
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Paths in a data directory."""
+
+    root: Path
+
+    @property
+    def authority(self) -> Path:
+        """The simulated platform's private root."""
+        return self.root / "sim"
+
+    @property
+    def blobs(self) -> Path:
+        """Sealed models."""
+        return self.root / "store" / "blobs"
+
+    @property
+    def records(self) -> Path:
+        """Sealed records of the key service."""
+        return self.root / "store" / "records.sqlite"
+
+    @property
+    def admin(self) -> Path:
+        """The gateway's Unix socket for launchers."""
+        return self.root / "run" / "gateway.sock"
+
+    @property
+    def user_policy(self) -> Path:
+        """A user policy that fits this service."""
+        return self.root / "user-policy.toml"
+
+    @property
+    def model_policy(self) -> Path:
+        """A model policy that fits this service."""
+        return self.root / "model-policy.toml"
+
+    @property
+    def facts(self) -> Path:
+        """What scripts want to know: URL, service id, pool id, process ids."""
+        return self.root / "service.json"
+
+    def run_dir(self, name: str) -> Path:
+        """Run folder of one enclave."""
+        return self.root / "run" / name
+
+    def pool_file(self, name: str) -> Path:
+        """Definition of one pool."""
+        return self.root / "pools" / f"{name}.toml"
+
+    def make(self) -> None:
+        """Make the folders (mode 0700); raises UsageError."""
+        try:
+            for folder in (self.root, self.admin.parent, self.records.parent):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                "the data directory can't be made", code="site.directory", claim=str(self.root), actual=error.strerror
+            ) from error
+
+    def read_facts(self) -> dict[str, Any]:
+        """What `write_facts` wrote last; empty where nothing was."""
+        if not self.facts.exists():
+            return {}
+        try:
+            facts = json.loads(read_text(self.facts, "service facts"))
+        except ValueError:
+            facts = None
+        if not isinstance(facts, dict):
+            raise UsageError("the service facts are damaged", code="site.facts", claim=str(self.facts))
+        return facts
+
+    def write_facts(self, **facts: Any) -> None:
+        """Add to what scripts want to know."""
+        write_text(self.facts, json.dumps({**self.read_facts(), **facts}, indent=1) + "\n")
+
+    def service(self) -> bytes:
+        """The service id; raises UsageError before the key service has started once."""
+        facts = self.read_facts()
+        if "service" not in facts:
+            raise UsageError("no key service has started here yet", code="site.service", claim=str(self.root))
+        return hex_digest(facts["service"], "service")
+
+    def write_pool(self, pool: Pool) -> None:
+        """Keep a pool's definition, for the workers that join it."""
+        text = f'name = "{pool.name}"\nshared = {str(pool.shared).lower()}\n\n[policy]\n{pool.policy.to_toml()}'
+        write_text(self.pool_file(pool.name), text)
+
+    def read_pool(self, name: str) -> Pool:
+        """A pool's definition; raises UsageError."""
+        text = read_text(self.pool_file(name), "pool definition")
+        try:
+            table = tomllib.loads(text)
+        except ValueError as error:
+            raise UsageError(f"the pool definition is not TOML: {error}"[:200], code="pool.format") from error
+        if table.keys() != {"name", "shared", "policy"} or type(table["shared"]) is not bool:
+            raise UsageError(code="pool.format", claim="pool", expected="name, shared, policy", actual=sorted(table))
+        return Pool(name=str(table["name"]), shared=table["shared"], policy=AppraisalPolicy.from_table(table["policy"]))
+
+
+def reference_policy(measurement: Measurement, root: bytes | None) -> AppraisalPolicy:
+    """The appraisal policy that admits exactly one measured image, under the simulated root or the vendors'."""
+    return AppraisalPolicy(
+        tee="sgx",
+        mr_enclave=frozenset({measurement.mr_enclave}),
+        attributes=ATTRIBUTES,
+        attributes_mask=ATTRIBUTES_MASK,
+        isv_prod_id=measurement.isv_prod_id,
+        min_isv_svn=measurement.isv_svn,
+        allowed_tcb=ALLOWED_TCB,
+        any_platform=True,
+        dangerous_simulated_root=root,
+    )

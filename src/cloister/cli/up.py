@@ -1,0 +1,286 @@
+"""``cloister up``: a whole service on one host: gateway, key service enclave, worker enclaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from cloister.cli.output import console, print_json, table, write_text
+from cloister.cli.site import Site, reference_policy
+from cloister.core.encoding import encode
+from cloister.core.identity import thumbprint
+from cloister.core.protocol.conversation import Conversation, Flow, Outgoing, Trust, ask_key_service
+from cloister.core.protocol.document import SignedDocument
+from cloister.core.protocol.exchange import Receipt
+from cloister.core.protocol.pool import Pool
+from cloister.core.protocol.trust import UserPolicy
+from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.errors import TransportError, Unavailable, UsageError
+from cloister.net.carry import Carrier
+from cloister.owner.policy import ModelPolicy
+
+START_SECONDS: Final = 60.0  # for each process to be ready
+POLL: Final = 0.05  # seconds
+STOP_SECONDS: Final = 15.0
+
+
+class Service:
+    """The processes of one service. Owns them; `stop` ends them all.
+
+    Args:
+        site: The data directory.
+        log: Folder-relative names of the processes' logs lie beside their run folders.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site: Final = site
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, list[str]] = {}
+
+    def start(self, name: str, *arguments: str) -> None:
+        """Start a role's process under a name."""
+        command = [sys.executable, "-m", "cloister.cli", *arguments, "--data", str(self.site.root), "--follow-parent"]
+        self._commands[name] = command
+        self._spawn(name)
+
+    def revive(self) -> list[str]:
+        """Start again whatever ended; gives the names."""
+        ended = [name for name, process in self.processes.items() if process.poll() is not None]
+        for name in ended:
+            self._spawn(name)
+        return ended
+
+    def wait(self, name: str, ready: Callable[[], bool], what: str) -> None:
+        """Wait until something is ready that a process brings; raises Unavailable with the end of its log."""
+        until = time.monotonic() + START_SECONDS
+        while not ready():
+            if self.processes[name].poll() is not None or time.monotonic() > until:
+                raise Unavailable(
+                    f"{what} did not come up",
+                    code="up.start",
+                    claim=name,
+                    expected=f"ready within {START_SECONDS:.0f} s",
+                    actual=self._last_line(name),
+                    hint=f"See {self._log(name)}",
+                )
+            time.sleep(POLL)
+
+    def stop(self) -> None:
+        """End every process: SIGTERM, then SIGKILL."""
+        for process in self.processes.values():
+            process.terminate()
+        until = time.monotonic() + STOP_SECONDS
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+
+    def _spawn(self, name: str) -> None:
+        with self._log(name).open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                self._commands[name], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _log(self, name: str) -> Path:
+        folder = self.site.root / "logs"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder / f"{name}.log"
+
+    def _last_line(self, name: str) -> str:
+        lines = self._log(name).read_text(errors="replace").strip().splitlines()
+        return lines[-1][-300:] if lines else "nothing in its log"
+
+
+def up(
+    data: Annotated[Path, typer.Option("--data", help="Data directory; made if it isn't there.")] = Path("var"),
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Worker enclaves.")] = 2,
+    host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the gateway; 0 picks one.")] = 8440,
+    pool: Annotated[str, typer.Option(help="Name of the pool.")] = "default",
+    lease_seconds: Annotated[int, typer.Option(help="Longest a worker serves without the key service.")] = 30,
+    document_seconds: Annotated[int, typer.Option(help="Validity of a service document.")] = 600,
+    epoch_seconds: Annotated[int, typer.Option(help="Life of a pool's keys.")] = 3600,
+    threads: Annotated[int, typer.Option(help="Requests that a worker runs at once.")] = 2,
+    memory_mib: Annotated[int, typer.Option(help="Models that a worker holds, in MiB.")] = 2048,
+    capture: Annotated[Path | None, typer.Option(help="File for every byte that the gateway sees.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the service's facts as one JSON object.")] = False,
+) -> None:
+    """Start a service on this host with the simulated TEE and keep it running until interrupted."""
+    from cloister.sim.platform import ANNOUNCEMENT
+
+    site = Site(data.absolute())
+    settings = json.dumps(
+        {
+            "lease_seconds": lease_seconds,
+            "document_seconds": document_seconds,
+            "epoch_seconds": epoch_seconds,
+            "threads": threads,
+            "memory_mib": memory_mib,
+        }
+    )
+    service = Service(site)
+    try:
+        if not as_json:
+            console.print(f"[yellow]{ANNOUNCEMENT}[/yellow]")
+        with console.status("starting") if not as_json else _Quiet() as status:
+            facts = bring_up(
+                service, workers=workers, host=host, port=port, pool=pool, settings=settings, capture=capture, say=status.update
+            )
+        _show(site, facts, as_json=as_json)
+        _watch(service)
+    finally:
+        service.stop()
+
+
+def bring_up(
+    service: Service,
+    *,
+    workers: int,
+    settings: str,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    pool: str = "default",
+    capture: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, str]:
+    """Start everything in order and wait until it serves; gives URL, service id and pool id.
+
+    Raises:
+        Unavailable: a process did not come up.
+        UsageError: the data directory holds another service.
+    """
+    from cloister.sim.authority import SimulatedAuthority
+    from cloister.sim.measurement import measure
+
+    site = service.site
+    site.make()
+    say("measuring the enclaves")
+    root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).root_der
+    key_service = reference_policy(measure("key-service"), root)
+    definition = Pool(name=pool, policy=reference_policy(measure("worker"), root))
+    say("starting the gateway")
+    known = site.read_facts().get("service")
+    site.facts.unlink(missing_ok=True)
+    if known is not None:
+        site.write_facts(service=known)
+    captured = ("--capture", str(capture.absolute())) if capture is not None else ()
+    service.start("gateway", "gateway", "--host", host, "--port", str(port), *captured)
+    service.wait("gateway", lambda: "url" in site.read_facts(), "the gateway")
+    url = str(site.read_facts()["url"])
+    carrier = Carrier(url)
+    try:
+        say("starting the key service enclave")
+        service.start("key-service", "keyservice", "--settings", settings)
+        service.wait("key-service", lambda: _document(carrier) is not None, "the key service")
+        service_id = _service_id(carrier, known)
+        site.write_facts(service=service_id.hex(), pool=definition.id.hex())
+        _create_pool(carrier, Trust(service=service_id, key_service=key_service), definition)
+        site.write_pool(definition)
+        for number in range(1, workers + 1):
+            say(f"starting worker enclave {number} of {workers}")
+            name = f"worker-{number}"
+            service.start(name, "worker", "--name", name, "--pool", pool, "--settings", settings)
+        for number in range(1, workers + 1):
+            service.wait(f"worker-{number}", lambda: _workers(site) > workers, f"worker {number}")
+    finally:
+        carrier.close()
+    _write_policies(site, service_id, key_service, definition.policy)
+    return {"url": url, "service": service_id.hex(), "pool": definition.id.hex()}
+
+
+def _create_pool(carrier: Carrier, trust: Trust, pool: Pool) -> None:
+    conversation = Conversation(trust=trust)
+
+    def create() -> Flow[Receipt]:
+        verified = yield from conversation.refresh(int(time.time()))
+        content = yield from ask_key_service(verified, b"/pools", encode(pool.to_data()))
+        return Receipt.from_bytes(content)
+
+    carrier.run(create())
+
+
+def _document(carrier: Carrier) -> bytes | None:
+    try:
+        answer = carrier.send(Outgoing(method=b"GET", target=b"/.well-known/cloister"))
+    except TransportError:
+        return None
+    return bytes(answer.body) if answer.status == 200 else None
+
+
+def _service_id(carrier: Carrier, known: object) -> bytes:
+    raw = _document(carrier)
+    if raw is None:
+        raise Unavailable("the key service went away", code="up.start", claim="key service")
+    found = thumbprint(SignedDocument.from_bytes(raw).key)
+    if known is not None and known != found.hex():
+        raise UsageError(
+            "the data directory held another service before",
+            code="up.service",
+            claim="service id",
+            expected=known,
+            actual=found.hex(),
+            hint="Its store is gone or from elsewhere; use another data directory for a new service",
+        )
+    return found
+
+
+def _workers(site: Site) -> int:
+    """Enclaves registered at the gateway."""
+    import httpx
+
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(site.admin)), base_url="http://gateway") as http:
+        try:
+            listed = http.get("/workers").json()
+        except httpx.HTTPError:
+            return 0
+    return len(listed["workers"] if isinstance(listed, dict) else listed)
+
+
+def _write_policies(site: Site, service: bytes, key_service: AppraisalPolicy, worker: AppraisalPolicy) -> None:
+    user = UserPolicy(service=service, key_service=key_service, worker=worker)
+    write_text(site.user_policy, user.to_toml())
+    write_text(site.model_policy, ModelPolicy(release=worker, key_service=key_service).to_toml())
+
+
+def _show(site: Site, facts: dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        print_json({**facts, "data": str(site.root)})
+        return
+    rows = [*facts.items(), ("user policy", site.user_policy), ("model policy", site.model_policy), ("logs", site.root / "logs")]
+    table("Serving; stop with Ctrl-C", ("what", "value"), rows)
+
+
+def _watch(service: Service) -> None:
+    """Keep every process running until interrupted."""
+    import signal
+    import threading
+
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    signal.signal(signal.SIGINT, lambda *_: told.set())
+    while not told.wait(0.5):
+        for name in service.revive():
+            console.print(f"[yellow]{name} ended and was started again[/yellow]")
+
+
+class _Quiet:
+    """Stands in for the status line where nothing may be printed."""
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, status: str) -> None:
+        """Say nothing."""

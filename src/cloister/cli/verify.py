@@ -1,0 +1,43 @@
+"""``cloister verify``: everything that is checked before a request would leave this machine, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister.cli.output import console, print_json, read_text, table
+from cloister.client.client import Client
+from cloister.core.protocol.trust import UserPolicy
+
+Url = Annotated[str, typer.Argument(help="URL of a gateway.")]
+PolicyFile = Annotated[Path, typer.Option("--policy", help="User policy (TOML).")]
+Heads = Annotated[Path | None, typer.Option("--heads", help="File that keeps the newest tree head between runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+
+
+def verify(url: Url, policy: PolicyFile, heads: Heads = None, as_json: AsJson = False) -> None:
+    """Verify a service under a policy and print the record."""
+    user = UserPolicy.from_toml(read_text(policy, "user policy"))
+    with Client(url, policy=user, heads=heads) as client:
+        verified = client.verify()
+        for entry in verified.document.pools:
+            user.require_pool(entry)
+        record = client.record
+    pools = [
+        {
+            "pool": entry.pool.id.hex(),
+            "name": entry.pool.name,
+            "epoch": entry.epoch,
+            "models": [model.model for model in entry.models],
+        }
+        for entry in verified.document.pools
+    ]
+    if as_json:
+        print_json({**record.to_dict(), "pools": pools})
+        return
+    table(f"Verified: service {record.service.hex()}", ("step", "outcome", "detail"), [(s.name, s.outcome, s.detail) for s in record.steps])
+    table("Pools that the policy accepts", ("name", "epoch", "models"), [(p["name"], p["epoch"], "\n".join(map(str, p["models"])) or "none") for p in pools])  # type: ignore[arg-type]
+    if record.simulated:
+        console.print("[yellow]simulated: this TEE protects nothing from its machine's administrator[/yellow]")

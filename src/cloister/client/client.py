@@ -1,0 +1,256 @@
+"""The client: numpy arrays in, numpy arrays out; everything between is verified, sealed and signed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from cloister.client.identity import Identity
+from cloister.client.session import Session, model_path
+from cloister.core import oip
+from cloister.core.ohttp import bhttp
+from cloister.core.protocol.conversation import Flow
+from cloister.core.protocol.document import VerifiedDocument
+from cloister.core.protocol.trust import UserPolicy
+from cloister.core.verifier.result import Step
+from cloister.net.carry import AsyncCarrier, Carrier
+
+Array = oip.Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What was verified before a request left, step by step, and how long the last answer took.
+
+    Attributes:
+        steps: Every check of the service document, in order.
+        service: Service id (32 bytes).
+        simulated: Whether the service runs in the simulated TEE.
+        epoch: The service epoch.
+        not_after: Until when the verification is reused, Unix seconds.
+        stages: Stage -> milliseconds of the last answer, as the enclave measured them.
+    """
+
+    steps: tuple[Step, ...]
+    service: bytes
+    simulated: bool
+    epoch: int
+    not_after: int
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "service": self.service.hex(),
+            "simulated": self.simulated,
+            "epoch": self.epoch,
+            "not_after": self.not_after,
+            "steps": [step.to_dict() for step in self.steps],
+            "stages_ms": self.stages,
+        }
+
+    def __str__(self) -> str:
+        """One line for each step."""
+        return "\n".join(step.line() for step in self.steps)
+
+
+class _Base:
+    """What both clients share: the session and the forms of requests and answers."""
+
+    def __init__(
+        self,
+        *,
+        policy: UserPolicy,
+        identity: Identity | None = None,
+        heads: Path | None = None,
+        aliases: dict[str, str] | None = None,
+        now: Callable[[], int] = lambda: int(time.time()),
+    ) -> None:
+        self._session = Session(policy=policy, identity=identity, now=now, heads=heads, aliases=dict(aliases or {}))
+        self._stages: dict[str, float] = {}
+
+    @property
+    def session(self) -> Session:
+        """The protocol's state, for transports that are built on it."""
+        return self._session
+
+    @property
+    def record(self) -> Record:
+        """What was verified; raises NotFound before the first verification."""
+        verified = self._session.conversation.current()
+        return Record(
+            steps=self._session.conversation.steps,
+            service=verified.document.service,
+            simulated=verified.attested.evidence.simulated,
+            epoch=verified.document.epoch,
+            not_after=verified.not_after,
+            stages=dict(self._stages),
+        )
+
+    def _infer(self, model: str, inputs: dict[str, Array], outputs: tuple[str, ...], deadline_ms: int | None) -> Flow[dict[str, Array]]:
+        model = self._session.resolve(model)
+        header, buffers = oip.encode_request(inputs, outputs=outputs)
+        fields = [(b"content-type", b"application/octet-stream"), (oip.HEADER_LENGTH, b"%d" % len(header))]
+        if deadline_ms is not None:
+            fields.append((b"cloister-deadline-ms", b"%d" % deadline_ms))
+        inner = bhttp.Request(
+            method=b"POST",
+            path=model_path(model, "infer"),
+            fields=tuple(fields),
+            content=b"".join((header, *buffers)),
+        )
+        response = yield from self._session.request(model, inner)
+        self._stages = parse_stages(response.field(b"server-timing"))
+        return oip.decode_response(memoryview(response.content), response.field(oip.HEADER_LENGTH))
+
+    def _metadata(self, model: str) -> Flow[bytes]:
+        model = self._session.resolve(model)
+        inner = bhttp.Request(method=b"GET", path=model_path(model))
+        response = yield from self._session.request(model, inner)
+        return bytes(response.content)
+
+
+class Client(_Base):
+    """A synchronous client of one service. Use it as a context manager, from one thread at a time.
+
+    Args:
+        url: Of any gateway of the service; nothing about it is trusted.
+        policy: What must hold before a request leaves.
+        identity: Who asks; None for a client that only verifies.
+        heads: File that keeps the newest tree head between runs, so that a rollback is noticed.
+        aliases: Short names for model ids.
+        transport: An httpx transport for the outer requests, for tests and special networks.
+        now: The user's own clock, Unix seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        policy: UserPolicy,
+        identity: Identity | None = None,
+        heads: Path | None = None,
+        aliases: dict[str, str] | None = None,
+        transport: httpx.BaseTransport | None = None,
+        now: Callable[[], int] = lambda: int(time.time()),
+    ) -> None:
+        super().__init__(policy=policy, identity=identity, heads=heads, aliases=aliases, now=now)
+        self._carrier = Carrier(url, transport)
+
+    def verify(self) -> VerifiedDocument:
+        """Fetch the service document and verify it in full, whatever is cached."""
+        return self._carrier.run(self._session.refresh())
+
+    def infer(
+        self,
+        model: str,
+        inputs: dict[str, Array],
+        *,
+        outputs: tuple[str, ...] = (),
+        deadline_ms: int | None = None,
+    ) -> dict[str, Array]:
+        """Run a model on arrays; gives the outputs by name.
+
+        Args:
+            model: Model id ``<owner>/<name>`` or an alias.
+            inputs: Input name -> array, with the model's own shapes and types.
+            outputs: Names of the outputs wanted; empty for all.
+            deadline_ms: Milliseconds by which the run must begin.
+
+        Raises:
+            Refused: the service, its workers or this user are not what they must be.
+            InvalidRequest: the model can't answer this input.
+            Unavailable: several attempts failed.
+        """
+        return self._carrier.run(self._infer(model, inputs, outputs, deadline_ms))
+
+    def metadata(self, model: str) -> bytes:
+        """The model's metadata (JSON, Open Inference Protocol)."""
+        return self._carrier.run(self._metadata(model))
+
+    def send(self, model: str, inner: bhttp.Request) -> bhttp.Response:
+        """Send any inner request for a model."""
+        return self._carrier.run(self._session.request(model, inner))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._carrier.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient(_Base):
+    """The same for asyncio; any number of tasks may share one."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        policy: UserPolicy,
+        identity: Identity | None = None,
+        heads: Path | None = None,
+        aliases: dict[str, str] | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        now: Callable[[], int] = lambda: int(time.time()),
+    ) -> None:
+        super().__init__(policy=policy, identity=identity, heads=heads, aliases=aliases, now=now)
+        self._carrier = AsyncCarrier(url, transport)
+
+    async def verify(self) -> VerifiedDocument:
+        """As `Client.verify`."""
+        return await self._carrier.run(self._session.refresh())
+
+    async def infer(
+        self,
+        model: str,
+        inputs: dict[str, Array],
+        *,
+        outputs: tuple[str, ...] = (),
+        deadline_ms: int | None = None,
+    ) -> dict[str, Array]:
+        """As `Client.infer`."""
+        return await self._carrier.run(self._infer(model, inputs, outputs, deadline_ms))
+
+    async def metadata(self, model: str) -> bytes:
+        """As `Client.metadata`."""
+        return await self._carrier.run(self._metadata(model))
+
+    async def send(self, model: str, inner: bhttp.Request) -> bhttp.Response:
+        """As `Client.send`."""
+        return await self._carrier.run(self._session.request(model, inner))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._carrier.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def parse_stages(field: bytes | None) -> dict[str, float]:
+    """Stage -> milliseconds, from a ``server-timing`` field (W3C Server Timing)."""
+    stages = {}
+    for part in (field or b"").decode("ascii", "replace").split(","):
+        name, _, duration = part.strip().partition(";dur=")
+        try:
+            stages[name] = float(duration)
+        except ValueError:
+            continue
+    return stages

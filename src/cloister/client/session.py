@@ -1,0 +1,233 @@
+"""A user's side of the protocol without any I/O: which pool, which key, which signature, and what to do on failure.
+
+A request goes through these steps, numbered as the body cites them:
+
+1. the service document holds (verified in full once per validity), or is fetched and verified;
+2. a pool serves the model, and every worker that it admits is one that the user's policy accepts;
+3. a fresh encapsulation to the pool's preferred key that is on our list;
+4. a signature over this service, pool, epoch, model, statement and encapsulation;
+5. the exchange; on a failure that may pass, all of it again with a new encapsulation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from cloister.client.identity import Identity
+from cloister.core.ohttp import bhttp, encapsulation
+from cloister.core.ohttp.keyconfig import select
+from cloister.core.protocol.authorization import FIELD, REQUEST_ID_SIZE, RequestAuthorization, RequestContext
+from cloister.core.protocol.conversation import Conversation, Flow, Pause, StaleKey, finish_exchange
+from cloister.core.protocol.document import PoolEntry, ServedModel, VerifiedDocument
+from cloister.core.protocol.head import TreeHead
+from cloister.core.protocol.statement import owner_of
+from cloister.core.protocol.trust import UserPolicy
+from cloister.errors import AccessRefused, BindingRefused, CloisterError, NotFound, TransportError, Unavailable, UsageError
+
+REQUEST_LIFETIME: Final = 120  # seconds
+RETRY_PAUSES: Final = (0.05, 0.2, 0.5, 1.0)  # seconds before each further attempt
+MODEL_HINT: Final = b"cloister-model"
+_MODELS: Final = b"/v2/models/"
+_STALE: Final = frozenset({"access.statement", "binding.epoch", "binding.request"})
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """Everything a client knows of one service.
+
+    Args:
+        policy: What the user demands.
+        identity: Who signs; None for a client that only verifies.
+        now: The user's own clock, Unix seconds.
+        heads: File that keeps the newest tree head between runs; None keeps it for this run only.
+        aliases: Short names for model ids; resolved here and nowhere else.
+        pool_only: Leave the model out of the visible routing hints.
+    """
+
+    policy: UserPolicy
+    identity: Identity | None
+    now: Callable[[], int]
+    heads: Path | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    pool_only: bool = True
+    conversation: Conversation = field(init=False)
+    _approved: dict[bytes, bytes] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.conversation = Conversation(trust=self.policy.trust, head=_read_head(self.heads, self.policy.service))
+
+    def ensure(self) -> Flow[VerifiedDocument]:
+        """The service document, verified in full unless it still holds (step 1)."""
+        if self.conversation.fresh(self.now()):
+            return self.conversation.current()
+        return (yield from self.refresh())
+
+    def refresh(self) -> Flow[VerifiedDocument]:
+        """Fetch and verify the service document anew, and remember the head."""
+        verified = yield from self.conversation.refresh(self.now())
+        self._approved.clear()
+        _write_head(self.heads, self.conversation.head)
+        return verified
+
+    def request(self, model: str, inner: bhttp.Request) -> Flow[bhttp.Response]:
+        """Send one inner request for a model; retries by encapsulating anew (step 5).
+
+        Args:
+            model: Model id or alias.
+            inner: Method, path, fields and content; the authorization is added here.
+
+        Raises:
+            CloisterError: the enclave's own answer, or why it could not be asked.
+        """
+        model = self.resolve(model)
+        failure: CloisterError | None = None
+        for pause in (0.0, *RETRY_PAUSES):
+            if pause:
+                yield Pause(pause)
+            try:
+                if failure is not None and _wants_refresh(failure):
+                    yield from self._refresh_newer(failure)
+                else:
+                    yield from self.ensure()
+                return (yield from self._attempt(model, inner))
+            except Unavailable as error:
+                failure = error
+            except (AccessRefused, BindingRefused, NotFound) as error:
+                # The enclave says that our document is older than what it holds. Once is enough to find out.
+                stale = error.code in _STALE or error.code == "not-found.model"
+                if not stale or (failure is not None and failure.code == error.code):
+                    raise
+                failure = error
+        assert failure is not None
+        raise failure
+
+    def resolve(self, model: str) -> str:
+        """The model id that an alias stands for; raises FormatError where it is none."""
+        model = self.aliases.get(model, model)
+        owner_of(model)
+        return model
+
+    def place(self, model: str) -> tuple[PoolEntry, ServedModel]:
+        """The pool that serves a model and that the user's policy accepts, from the current document (step 2).
+
+        Raises:
+            NotFound: no pool serves it.
+            AppraisalRefused, AccessRefused: the user's policy accepts none of those that do.
+        """
+        document = self.conversation.current().document
+        refusal: CloisterError = NotFound(
+            "no pool of this service serves the model",
+            code="not-found.model",
+            claim="model",
+            expected=model,
+            actual=f"{sum(len(entry.models) for entry in document.pools)} other models",
+        )
+        for entry in document.pools_of(model):
+            try:
+                self._approve(entry)
+            except CloisterError as error:
+                refusal = error
+                continue
+            return entry, entry.model(model)
+        raise refusal
+
+    def _approve(self, entry: PoolEntry) -> None:
+        """Compare a pool with the policy; once for each document."""
+        pool_id = entry.pool.id
+        if pool_id not in self._approved:
+            self.policy.require_pool(entry)
+            self._approved[pool_id] = pool_id
+
+    def _attempt(self, model: str, inner: bhttp.Request) -> Flow[bhttp.Response]:
+        if self.identity is None:
+            raise UsageError("the client has no identity to sign with", code="identity.none", hint="Pass identity=...")
+        entry, served = self.place(model)
+        configuration, suite = select(entry.keys)  # step 3
+        sealer = encapsulation.begin(configuration, suite)
+        pool_id = entry.pool.id
+        consent = self.policy.consent
+        authorization = RequestAuthorization.sign(  # step 4
+            self.identity.key_at(owner_of(model)),
+            RequestContext(
+                service=self.policy.service, pool=pool_id, epoch=entry.epoch, model=model, enc=sealer.enc
+            ),
+            statement=served.statement,
+            request_id=os.urandom(REQUEST_ID_SIZE),
+            expiry=self.now() + REQUEST_LIFETIME,
+            allow_cross_user_batching=consent.allow_cross_user_batching,
+            allow_outside_stages=consent.allow_outside_stages,
+        )
+        signed = bhttp.Request(
+            method=inner.method,
+            path=inner.path,
+            scheme=inner.scheme,
+            authority=inner.authority,
+            fields=(*inner.fields, (FIELD, authorization.to_field())),
+            content=inner.content,
+        )
+        hints = () if self.pool_only else ((MODEL_HINT, model.encode()),)
+        return (yield from finish_exchange(sealer, pool_id.hex().encode(), signed, hints))
+
+    def _refresh_newer(self, failure: CloisterError) -> Flow[VerifiedDocument]:
+        """Fetch again; a service that can't be reached leaves us with the document that still holds."""
+        try:
+            return (yield from self.refresh())
+        except TransportError:
+            if isinstance(failure, StaleKey) or not self.conversation.fresh(self.now()):
+                raise
+            return self.conversation.current()
+
+
+def model_path(model: str, action: str = "") -> bytes:
+    """Path of a model in the Open Inference Protocol."""
+    return _MODELS + model.encode() + (b"/" + action.encode() if action else b"")
+
+
+def model_of(path: bytes) -> str:
+    """The model id or alias in a path of the Open Inference Protocol; raises UsageError."""
+    from urllib.parse import unquote_to_bytes
+
+    rest = path.partition(b"?")[0]
+    if not rest.startswith(_MODELS):
+        raise UsageError(
+            "only paths of models can be sent", code="request.path", claim="path", expected="/v2/models/...", actual=rest[:80].decode("ascii", "replace")
+        )
+    rest = rest[len(_MODELS) :]
+    for suffix in (b"/infer", b"/ready"):
+        rest = rest.removesuffix(suffix)
+    return unquote_to_bytes(rest.partition(b"/versions/")[0]).decode("ascii", "replace")
+
+
+def _wants_refresh(failure: CloisterError) -> bool:
+    return isinstance(failure, StaleKey) or failure.code in _STALE or failure.code == "not-found.model"
+
+
+def _read_head(path: Path | None, service: bytes) -> TreeHead | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        head = TreeHead.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise UsageError(
+            "the file of the last tree head can't be read", code="heads.file", claim=str(path), actual=error.strerror
+        ) from error
+    head.verify(service)
+    return head
+
+
+def _write_head(path: Path | None, head: TreeHead | None) -> None:
+    if path is None or head is None:
+        return
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + f".{os.getpid()}")
+        fresh.write_bytes(head.to_bytes())
+        fresh.replace(path)
+    except OSError as error:
+        raise UsageError(
+            "the file of the last tree head can't be written", code="heads.file", claim=str(path), actual=error.strerror
+        ) from error

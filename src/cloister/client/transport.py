@@ -1,0 +1,78 @@
+"""httpx transports: whatever an SDK sends to a model's path goes attested, sealed and signed."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import httpx
+
+from cloister.client.client import AsyncClient, Client
+from cloister.client.session import model_of
+from cloister.core.ohttp import bhttp
+from cloister.core.protocol import problem
+from cloister.errors import CloisterError, Unavailable
+
+# Fields of the outer hop; inside an encapsulation they mean nothing, or would tell what needn't be told.
+_HOP: Final = frozenset(
+    {b"connection", b"host", b"content-length", b"transfer-encoding", b"accept-encoding", b"user-agent"}
+)
+
+
+class CloisterTransport(httpx.BaseTransport):
+    """An httpx transport over a `Client`, which it closes with itself."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request to the enclave; errors of the enclave come back as problem documents."""
+        inner = _inner(request, request.read())
+        try:
+            return _response(self._client.send(model_of(request.url.raw_path), inner), request)
+        except CloisterError as error:
+            return _problem(error, request)
+
+    def close(self) -> None:
+        """Close the client."""
+        self._client.close()
+
+
+class AsyncCloisterTransport(httpx.AsyncBaseTransport):
+    """The same over an `AsyncClient`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request to the enclave; errors of the enclave come back as problem documents."""
+        inner = _inner(request, await request.aread())
+        try:
+            return _response(await self._client.send(model_of(request.url.raw_path), inner), request)
+        except CloisterError as error:
+            return _problem(error, request)
+
+    async def aclose(self) -> None:
+        """Close the client."""
+        await self._client.aclose()
+
+
+def _inner(request: httpx.Request, content: bytes) -> bhttp.Request:
+    fields = tuple((name.lower(), value) for name, value in request.headers.raw if name.lower() not in _HOP)
+    return bhttp.Request(
+        method=request.method.encode(), path=request.url.raw_path, fields=fields, content=content
+    )
+
+
+def _response(inner: bhttp.Response, request: httpx.Request) -> httpx.Response:
+    return httpx.Response(inner.status, headers=list(inner.fields), content=bytes(inner.content), request=request)
+
+
+def _problem(error: CloisterError, request: httpx.Request) -> httpx.Response:
+    if isinstance(error, Unavailable):
+        raise httpx.TransportError(str(error), request=request) from error
+    return httpx.Response(
+        problem.status_of(error),
+        headers=[(b"content-type", problem.MEDIA_TYPE)],
+        content=problem.to_bytes(error),
+        request=request,
+    )

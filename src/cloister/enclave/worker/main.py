@@ -1,0 +1,105 @@
+"""Wires a worker together: joins its pool, renews its lease, serves until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from cloister.core.protocol.configuration import EnclaveConfiguration
+from cloister.enclave.attester import Attester
+from cloister.enclave.clock import HintedClock
+from cloister.enclave.link import HostLink
+from cloister.enclave.server import EnclaveServer
+from cloister.enclave.worker.membership import Membership
+from cloister.enclave.worker.models import ModelCache
+from cloister.enclave.worker.routes import WorkerRoutes
+from cloister.errors import CloisterError
+from cloister.net.front import serve as serve_front
+from cloister.net.messages import Answer, Limits
+
+logger: Final = logging.getLogger(__name__)
+LIMITS: Final = Limits(max_body=64 << 20)
+RETRY: Final = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to join or renew
+MIN_REFRESH: Final = 0.5  # seconds between renewals that users ask for
+
+
+class Worker:
+    """Owns the renewal of one worker's lease; everything else hangs on its `membership`."""
+
+    def __init__(self, membership: Membership, models: ModelCache) -> None:
+        self.membership: Final = membership
+        self.server: EnclaveServer | None = None
+        self.problem = ""  # code of the error that keeps the worker out, for the host's health check
+        self._models = models
+        self._lock = asyncio.Lock()
+        self._renewed = float("-inf")
+
+    async def refresh(self) -> None:
+        """Renew now, unless that happened a moment ago; one renewal serves all who wait. Never raises."""
+        asked = asyncio.get_running_loop().time()
+        async with self._lock:
+            if self._renewed >= asked or asked - self._renewed < MIN_REFRESH:
+                return
+            try:
+                await self._renew()
+            except CloisterError as error:
+                logger.warning("%s: %s", error.code, error)
+
+    async def keep(self, stop: asyncio.Event) -> None:
+        """Join, then renew in good time, until ``stop``; a failure leaves the lease to run out."""
+        failures = 0
+        while not stop.is_set():
+            try:
+                async with self._lock:
+                    await self._renew()
+                failures = 0
+                pause = self.membership.lease_seconds / 3
+            except CloisterError as error:
+                self.problem = error.code
+                logger.warning("%s: %s", error.code, error)
+                pause = RETRY[min(failures, len(RETRY) - 1)]
+                failures += 1
+            try:
+                await asyncio.wait_for(stop.wait(), pause)
+            except TimeoutError:
+                continue
+
+    async def _renew(self) -> None:
+        await self.membership.renew()
+        self._renewed = asyncio.get_running_loop().time()
+        self.problem = ""
+        if self.server is not None:
+            self.server.replace_keys(self.membership.private_keys())
+        self._models.retain({live.statement.sealed_model.header for live in self.membership.models.values()})
+
+    def health(self) -> Answer:
+        """What the host may know: whether requests can be served, and the code of what is in the way."""
+        ready = self.membership.active
+        body = json.dumps({"ready": ready, "pool": self.membership.pool_id.hex(), "problem": self.problem}).encode()
+        return Answer(status=200 if ready else 503, content_type=b"application/json", body=body)
+
+
+async def serve(
+    configuration: EnclaveConfiguration, attester: Attester, link: HostLink, socket: Path, stop: asyncio.Event
+) -> None:
+    """Serve until ``stop`` is set."""
+    settings, clock = configuration.settings, HintedClock()
+    membership = Membership(link, attester, configuration, clock)
+    models = ModelCache(link, budget=settings["memory_mib"] << 20, threads=settings["threads"])
+    worker = Worker(membership, models)
+    with ThreadPoolExecutor(settings["threads"], thread_name_prefix="run") as executor:
+        routes = WorkerRoutes(
+            membership, models, clock, executor, queue=settings["queue"], refresh=worker.refresh
+        )
+        worker.server = EnclaveServer(routes)
+        front = await serve_front(
+            worker.server.handle, unix=socket, gets={b"/healthz": worker.health}, limits=LIMITS
+        )
+        try:
+            await worker.keep(stop)
+        finally:
+            await front.close()

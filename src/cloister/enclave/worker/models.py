@@ -1,0 +1,261 @@
+"""Models in enclave memory: opened from their sealed form, one session each, least recently used out first."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort
+
+from cloister.core.oip import DTYPES, Array
+from cloister.core.protocol.statement import SealedModel
+from cloister.core.sealing.header import PREFIX_SIZE, SealedHeader, header_size
+from cloister.core.sealing.unseal import Unsealer
+from cloister.enclave.link import HostLink
+from cloister.enclave.worker.graph import WEIGHTS, require_safe
+from cloister.enclave.worker.membership import LiveModel
+from cloister.errors import BindingRefused, FormatError, InvalidRequest, Overloaded, Tampered
+
+
+# ONNX Runtime's names of tensor types, as the Open Inference Protocol has them.
+_DATATYPES: Final = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """An input or output: its name, datatype, and shape with -1 for a free dimension."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, argument: Any) -> TensorSpec:
+        """The spec of an ONNX Runtime argument."""
+        shape = tuple(side if isinstance(side, int) else -1 for side in argument.shape)
+        return cls(name=argument.name, datatype=_DATATYPES.get(argument.type, argument.type), shape=shape)
+
+    def require(self, array: Array) -> Array:
+        """Refuse an array of another datatype or shape; gives the array as the session takes it.
+
+        Raises:
+            InvalidRequest: which names the input, the expected and the actual value.
+        """
+        wanted = DTYPES.get(self.datatype)
+        if wanted is None or array.dtype != wanted:
+            raise InvalidRequest(
+                code="request.datatype", claim=f"datatype of {self.name}", expected=self.datatype, actual=array.dtype
+            )
+        fits = len(array.shape) == len(self.shape) and all(
+            want in (-1, have) for want, have in zip(self.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise InvalidRequest(
+                code="request.shape", claim=f"shape of {self.name}", expected=self.shape, actual=array.shape
+            )
+        if self.datatype == "BYTES":
+            try:
+                return np.vectorize(lambda item: item.decode(), otypes=[object])(array) if array.size else array
+            except UnicodeDecodeError as error:
+                raise InvalidRequest(code="request.data", claim=f"data of {self.name}", expected="UTF-8") from error
+        return array
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """A session, and what it took to get it.
+
+    Attributes:
+        session: Shared by every request; its `run` releases the GIL.
+        inputs: By name.
+        outputs: In the graph's order.
+        size: Plaintext bytes, which count against the memory budget.
+        load_seconds: Fetching and opening, and building the session.
+        users: Requests that use it now; a model in use is never evicted.
+    """
+
+    session: ort.InferenceSession
+    inputs: dict[str, TensorSpec]
+    outputs: tuple[TensorSpec, ...]
+    size: int
+    open_seconds: float
+    build_seconds: float
+    users: int = 0
+
+    def run(self, inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        """Run the model; blocking. Raises InvalidRequest where ONNX Runtime refuses the input."""
+        names = list(outputs) or [spec.name for spec in self.outputs]
+        try:
+            results = self.session.run(names, inputs)
+        except Exception:  # noqa: BLE001 - its message may quote the input, so nothing of it is kept
+            raise InvalidRequest(
+                "the model fails on this input", code="request.execution", claim="execution", expected="outputs"
+            ) from None
+        return dict(zip(names, results, strict=True))
+
+
+@dataclass(slots=True)
+class _Slot:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    model: LoadedModel | None = None
+
+
+class ModelCache:
+    """Opened models within a memory budget. Keyed by sealed-model header, so a new version is another model.
+
+    Args:
+        link: Where sealed models come from.
+        budget: Bytes of plaintext that may be held.
+        threads: Requests that run at once; each session's operators use one thread.
+    """
+
+    def __init__(self, link: HostLink, *, budget: int, threads: int) -> None:
+        self._link = link
+        self._budget = budget
+        self._threads = threads
+        self._slots: OrderedDict[bytes, _Slot] = OrderedDict()
+
+    @asynccontextmanager
+    async def use(self, live: LiveModel) -> AsyncIterator[tuple[LoadedModel, bool]]:
+        """A model, loaded first where it isn't (then the flag is True), and pinned while in use."""
+        sealed = live.statement.sealed_model
+        slot = self._slots.setdefault(sealed.header, _Slot())
+        self._slots.move_to_end(sealed.header)
+        async with slot.lock:
+            fresh = slot.model is None
+            if slot.model is None:
+                try:
+                    slot.model = await self._load(live, sealed)
+                except BaseException:
+                    self._slots.pop(sealed.header, None)
+                    raise
+            model = slot.model
+            model.users += 1
+        try:
+            yield model, fresh
+        finally:
+            model.users -= 1
+
+    def retain(self, headers: set[bytes]) -> None:
+        """Drop idle models whose statements are gone."""
+        for header, slot in list(self._slots.items()):
+            if header not in headers and slot.model is not None and not slot.model.users:
+                del self._slots[header]
+
+    @property
+    def held(self) -> int:
+        """Plaintext bytes held now."""
+        return sum(slot.model.size for slot in self._slots.values() if slot.model is not None)
+
+    async def _load(self, live: LiveModel, sealed: SealedModel) -> LoadedModel:
+        self._make_room(sealed.size)
+        started = time.monotonic()
+        sections = await self._open(live, sealed)
+        opened = time.monotonic()
+        graph, weights = sections.get("graph"), sections.get(WEIGHTS)
+        if graph is None or weights is None or len(sections) != 2:
+            raise FormatError(
+                "the sealed model has other sections",
+                code="sealing.section",
+                claim="sections",
+                expected="graph, weights",
+                actual=", ".join(sections),
+            )
+        session = await asyncio.to_thread(_build, graph, weights)
+        built = time.monotonic()
+        return LoadedModel(
+            session=session,
+            inputs={spec.name: spec for spec in map(TensorSpec.of, session.get_inputs())},
+            outputs=tuple(map(TensorSpec.of, session.get_outputs())),
+            size=sealed.size,
+            open_seconds=opened - started,
+            build_seconds=built - opened,
+        )
+
+    def _make_room(self, size: int) -> None:
+        if size > self._budget:
+            raise Overloaded(
+                "the model is larger than the worker's memory budget",
+                code="overloaded.memory",
+                claim="model size",
+                expected=f"at most {self._budget} B",
+                actual=f"{size} B",
+            )
+        for header, slot in list(self._slots.items()):
+            if self.held + size <= self._budget:
+                return
+            if slot.model is not None and not slot.model.users:
+                del self._slots[header]
+        if self.held + size > self._budget:
+            raise Overloaded("every model in memory is in use", code="overloaded.memory", claim="memory budget")
+
+    async def _open(self, live: LiveModel, sealed: SealedModel) -> dict[str, memoryview]:
+        """Open the sealed model as it arrives; nothing of it is used before its last chunk verified."""
+        unsealer: Unsealer | None = None
+        start = bytearray()
+        async for piece in self._link.blob(sealed.blob, sealed.size):
+            if unsealer is not None:
+                unsealer.feed(piece)
+                continue
+            start += piece
+            if len(start) < PREFIX_SIZE or len(start) < header_size(start):
+                continue
+            unsealer = self._begin(live, sealed, bytes(start[: header_size(start)]))
+            unsealer.feed(memoryview(start)[header_size(start) :])
+        if unsealer is None:
+            raise Tampered("the sealed model ends in its header", code="sealing.truncated", claim="sealed model")
+        return unsealer.finish()
+
+    def _begin(self, live: LiveModel, sealed: SealedModel, raw: bytes) -> Unsealer:
+        header = SealedHeader.from_bytes(raw)
+        header.require(sealed.header)
+        if header.model_id != live.statement.model:
+            raise BindingRefused(
+                code="binding.model",
+                claim="sealed model's id",
+                expected=live.statement.model,
+                actual=header.model_id,
+            )
+        if header.container_size != sealed.size:
+            raise BindingRefused(
+                code="binding.size", claim="sealed size", expected=sealed.size, actual=header.container_size
+            )
+        return Unsealer(live.key, header, digest=sealed.header)
+
+
+def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
+    require_safe(graph)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        if len(weights):
+            options.add_external_initializers_from_files_in_memory([WEIGHTS], [bytes(weights)], [len(weights)])
+        return ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
+    except Exception:  # noqa: BLE001 - its message may quote the graph, so nothing of it is kept
+        raise InvalidRequest(
+            "ONNX Runtime does not load the model", code="model.load", claim="model", expected="a loadable graph"
+        ) from None
+
+

@@ -1,0 +1,262 @@
+"""The worker's inner routes: Open Inference Protocol v2, behind the user's signature and the owner's grant.
+
+An inference, numbered as the body cites it:
+
+1. admission: bounded, and the lease holds;
+2. authorization: a signature over this service, pool, epoch, model and encapsulation, not seen before;
+3. consent: the statement that the user accepted is the current one, and it grants the model to this user;
+4. the model, opened and built where it isn't in memory;
+5. the tensors, checked against the model's inputs;
+6. execution, off the event loop;
+7. the answer, with the time that each stage took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+from cloister.core import oip
+from cloister.core.ohttp import bhttp
+from cloister.core.protocol.authorization import FIELD, RequestAuthorization, RequestContext
+from cloister.enclave.clock import HintedClock
+from cloister.enclave.server import InnerRequest, route_not_found
+from cloister.enclave.worker.membership import LiveModel, Membership
+from cloister.enclave.worker.models import LoadedModel, ModelCache, TensorSpec
+from cloister.enclave.worker.replay import ReplayGuard
+from cloister.errors import (
+    AccessRefused,
+    BindingRefused,
+    DeadlineExceeded,
+    FormatError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+)
+
+JSON: Final = b"application/json"
+BINARY: Final = b"application/octet-stream"
+TIMING: Final = b"server-timing"
+DEADLINE: Final = b"cloister-deadline-ms"
+_PREFIX: Final = b"/v2/models/"
+_VERSION: Final = "1"
+
+
+class WorkerRoutes:
+    """Routes inner requests to models.
+
+    Args:
+        membership: Keys, statements, lease.
+        models: Opened models.
+        clock: Hinted by the host.
+        executor: Threads that run models; owned by the caller.
+        queue: Requests that may be inside at once.
+        refresh: Asks the key service anew, at most once at a time, where a user knows a newer statement.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        models: ModelCache,
+        clock: HintedClock,
+        executor: ThreadPoolExecutor,
+        *,
+        queue: int,
+        refresh: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._membership = membership
+        self._models = models
+        self._clock = clock
+        self._executor = executor
+        self._queue = queue
+        self._refresh = refresh
+        self._inside = 0
+        self._replays = ReplayGuard()
+
+    async def __call__(self, request: InnerRequest) -> bhttp.Response:
+        """Answer one inner request."""
+        method, path = request.http.method, request.http.path
+        if method == b"GET" and path in (b"/v2/health/live", b"/v2/health/ready"):
+            return _json({"live": True} if path.endswith(b"live") else {"ready": self._membership.active})
+        if method == b"GET" and path == b"/v2":
+            return _json({"name": "cloister", "version": _VERSION, "extensions": ["binary_tensor_data"]})
+        model, action = _model_route(path)
+        if (method, action) not in ((b"POST", b"infer"), (b"GET", b""), (b"GET", b"ready")):
+            raise route_not_found(request)
+        if self._inside >= self._queue:  # step 1
+            raise Overloaded(
+                "the worker's queue is full", claim="queue", expected=f"at most {self._queue}", actual=self._inside
+            )
+        self._inside += 1
+        try:
+            live = await self._authorize(request, model)
+            if action == b"ready":
+                return _json({"name": model, "ready": True})
+            async with self._models.use(live) as (loaded, fresh):
+                if action == b"":
+                    return _json(_metadata(model, loaded))
+                return await self._infer(request, model, loaded, fresh=fresh)
+        finally:
+            self._inside -= 1
+
+    async def _authorize(self, request: InnerRequest, model: str) -> LiveModel:
+        membership = self._membership
+        membership.spend()
+        field = request.http.field(FIELD)
+        if field is None:
+            raise AccessRefused(
+                "the request carries no authorization",
+                code="access.authorization",
+                claim="authorization",
+                expected="signed by a user whom the owner grants the model",
+                actual="none",
+            )
+        authorization = RequestAuthorization.from_field(field)
+        now = self._clock.now()
+        key = membership.keys.get(request.key_id)
+        if key is None or key.not_after <= now:
+            raise BindingRefused(code="binding.epoch", claim="epoch", expected="a live one", actual="one that ended")
+        context = RequestContext(
+            service=membership.service, pool=membership.pool_id, epoch=key.epoch, model=model, enc=request.enc
+        )
+        authorization.verify(context, now=now)  # step 2
+        self._replays.admit(
+            enc=hashlib.sha256(request.enc).digest(),
+            user=authorization.user,
+            request_id=authorization.request_id,
+            expiry=authorization.expiry,
+            now=now,
+        )
+        live = await self._current(model, authorization.statement)  # step 3
+        live.statement.require_grant(authorization.user, now)
+        return live
+
+    async def _current(self, model: str, accepted: bytes) -> LiveModel:
+        """The model under the statement that the user accepted; asks the key service once where they differ."""
+        live = self._membership.models.get(model)
+        if live is None or live.digest != accepted:
+            await self._refresh()
+            live = self._membership.models.get(model)
+        if live is None:
+            raise NotFound(
+                "the pool does not serve this model",
+                code="not-found.model",
+                claim="model",
+                expected="one that the pool serves",
+                actual=model[-80:],
+            )
+        if live.digest != accepted:
+            raise AccessRefused(
+                "the user accepted another statement than the current one",
+                code="access.statement",
+                claim="accepted statement",
+                expected=live.digest.hex(),
+                actual=accepted.hex(),
+                hint="Fetch the service document again",
+            )
+        return live
+
+    async def _infer(self, request: InnerRequest, model: str, loaded: LoadedModel, *, fresh: bool) -> bhttp.Response:
+        http = request.http
+        inference = oip.decode_request(memoryview(http.content), http.field(oip.HEADER_LENGTH))
+        inputs = _checked(inference, loaded)  # step 5
+        deadline = _deadline(request)
+        queued = time.monotonic()
+        outputs, started, ended = await self._run(loaded, inputs, inference.outputs, deadline)  # step 6
+        header, buffers = oip.encode_response(  # step 7
+            model, outputs, binary=inference.binary, request_id=inference.id
+        )
+        stages = {
+            "decrypt": request.opened - request.arrived,
+            "open": loaded.open_seconds if fresh else 0.0,
+            "build": loaded.build_seconds if fresh else 0.0,
+            "queue": started - queued,
+            "run": ended - started,
+            "enclave": time.monotonic() - request.arrived,
+        }
+        timing = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in stages.items())
+        fields = [(b"content-type", BINARY if buffers else JSON), (TIMING, timing.encode())]
+        if buffers:
+            fields.append((oip.HEADER_LENGTH, b"%d" % len(header)))
+        return bhttp.Response(status=200, fields=tuple(fields), content=b"".join((header, *buffers)))
+
+    async def _run(
+        self, loaded: LoadedModel, inputs: dict[str, oip.Array], outputs: tuple[str, ...], deadline: float
+    ) -> tuple[dict[str, oip.Array], float, float]:
+        def execute() -> tuple[dict[str, oip.Array], float, float]:
+            started = time.monotonic()
+            if started > deadline:
+                raise DeadlineExceeded(claim="deadline", expected="a free thread before it", actual="none")
+            results = loaded.run(inputs, outputs)
+            return results, started, time.monotonic()
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, execute)
+
+
+def _model_route(path: bytes) -> tuple[str, bytes]:
+    """Model id and action of ``/v2/models/<owner>/<name>[/versions/1][/infer|/ready]``."""
+    if not path.startswith(_PREFIX):
+        raise NotFound(code="not-found.route", claim="route", expected="/v2/...", actual="another")
+    rest, action = path[len(_PREFIX) :], b""
+    for known in (b"infer", b"ready"):
+        if rest.endswith(b"/" + known):
+            rest, action = rest[: -len(known) - 1], known
+    rest = rest.removesuffix(b"/versions/" + _VERSION.encode())
+    try:
+        return unquote_to_bytes(rest).decode("ascii"), action
+    except UnicodeDecodeError as error:
+        raise FormatError(claim="model id", expected="ASCII", actual="other bytes") from error
+
+
+def _checked(inference: oip.InferenceRequest, loaded: LoadedModel) -> dict[str, oip.Array]:
+    if inference.inputs.keys() != loaded.inputs.keys():
+        raise InvalidRequest(
+            code="request.inputs",
+            claim="input names",
+            expected=", ".join(sorted(loaded.inputs)),
+            actual=", ".join(sorted(inference.inputs))[:400],
+        )
+    unknown = set(inference.outputs) - {spec.name for spec in loaded.outputs}
+    if unknown:
+        raise InvalidRequest(
+            code="request.outputs",
+            claim="output names",
+            expected=", ".join(spec.name for spec in loaded.outputs),
+            actual=", ".join(sorted(unknown))[:400],
+        )
+    return {name: spec.require(inference.inputs[name]) for name, spec in loaded.inputs.items()}
+
+
+def _deadline(request: InnerRequest) -> float:
+    """Monotonic seconds by which the request must have begun to run."""
+    field = request.http.field(DEADLINE)
+    if field is None:
+        return float("inf")
+    if not field.isdigit() or len(field) > 9:
+        raise InvalidRequest(code="request.deadline", claim="deadline", expected="milliseconds", actual="no number")
+    return request.arrived + int(field) / 1e3
+
+
+def _metadata(model: str, loaded: LoadedModel) -> dict[str, Any]:
+    def describe(spec: TensorSpec) -> dict[str, Any]:
+        return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+    return {
+        "name": model,
+        "versions": [_VERSION],
+        "platform": "onnxruntime_onnx",
+        "inputs": [describe(spec) for spec in loaded.inputs.values()],
+        "outputs": [describe(spec) for spec in loaded.outputs],
+    }
+
+
+def _json(value: dict[str, Any]) -> bhttp.Response:
+    return bhttp.Response(status=200, fields=((b"content-type", JSON),), content=json.dumps(value).encode())
+
+

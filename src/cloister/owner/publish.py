@@ -1,0 +1,244 @@
+"""Publishing from the owner's desk: verify the service, upload ciphertext, sign the next statement, hand it over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from cloister.core.encoding import decode, encode, unpack
+from cloister.core.ohttp import hpke
+from cloister.core.ohttp.keyconfig import select
+from cloister.core.protocol.conversation import Conversation, Flow, Trust, ask_key_service
+from cloister.core.protocol.document import VerifiedDocument
+from cloister.core.protocol.exchange import Publication, Receipt
+from cloister.core.protocol.release import model_key_info
+from cloister.core.protocol.statement import SealedModel, SignedStatement, Statement
+from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.errors import CloisterError, NotFound, Rollback, UsageError
+from cloister.net.carry import Carrier
+from cloister.owner.desk import Desk, DeskModel
+from cloister.owner.policy import ModelPolicy
+
+PIECE: Final = 1 << 20  # bytes of an upload
+Progress = Callable[[int, int], None]
+
+
+class Publisher:
+    """A desk's connection to one service. Use it as a context manager.
+
+    Args:
+        desk: Keys and what was signed before.
+        url: Of any gateway of the service.
+        service: The service id that the owner pinned (32 bytes).
+        key_service: What the key service must be before a key is sealed to it.
+        now: The owner's own clock, Unix seconds.
+        transport: An httpx transport, for tests.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        url: str,
+        *,
+        service: bytes,
+        key_service: AppraisalPolicy,
+        now: Callable[[], int] = lambda: int(time.time()),
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._desk = desk
+        self._now = now
+        self._carrier = Carrier(url, transport)
+        trust = Trust(service=service, key_service=key_service)
+        self._conversation = Conversation(trust=trust, head=desk.head(service))
+
+    @property
+    def conversation(self) -> Conversation:
+        """What was verified of the service."""
+        return self._conversation
+
+    def verify(self) -> VerifiedDocument:
+        """Verify the service, and that it extends what this desk has seen of it."""
+        verified = self._carrier.run(self._conversation.refresh(self._now()))
+        if self._conversation.head is not None:
+            self._desk.keep_head(self._conversation.head)
+        return verified
+
+    def publish(
+        self, name: str, policy: ModelPolicy, sealed_file: Path, *, pool: bytes | None = None, progress: Progress | None = None
+    ) -> Statement:
+        """Upload a sealed model and publish its next statement with this policy.
+
+        Args:
+            name: A model on the desk.
+            policy: Who may hold its key, and how it may be served.
+            sealed_file: What `seal_model` wrote.
+            pool: The pool that shall serve it; by default the only one there is.
+            progress: Called with bytes uploaded so far and in all.
+
+        Raises:
+            Refused: the service isn't one that the policy accepts, or it refuses the statement.
+        """
+        self.verify()
+        model = self._desk.model(name)
+        pool = pool or model.pool or self._only_pool()
+        self._upload(model.sealed, sealed_file, progress)
+        current = model.current()
+        statement = self._next(
+            model,
+            current,
+            sealed_model=model.sealed,
+            release_policy=policy.release,
+            key_service=policy.key_service,
+            grants=dict(current.grants) if current else {},
+            options=policy.options,
+        )
+        return self._send(model, statement, pool, with_key=True)
+
+    def grant(self, name: str, user: bytes, expiry: int) -> Statement:
+        """Grant a model to a user (id, 32 bytes) until ``expiry`` (Unix seconds)."""
+        return self._amend(name, lambda grants: {**grants, user: expiry})
+
+    def revoke(self, name: str, user: bytes) -> Statement:
+        """Take a user's grant back; workers follow within their lease.
+
+        Raises:
+            NotFound: the user has none.
+        """
+
+        def without(grants: dict[bytes, int]) -> dict[bytes, int]:
+            if user not in grants:
+                raise NotFound(code="not-found.grant", claim="grant", expected=user.hex(), actual="none")
+            return {other: expiry for other, expiry in grants.items() if other != user}
+
+        return self._amend(name, without)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._carrier.close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _amend(self, name: str, change: Callable[[dict[bytes, int]], dict[bytes, int]]) -> Statement:
+        self.verify()
+        model = self._desk.model(name)
+        current = model.current()
+        if current is None or model.pool is None:
+            raise UsageError(
+                "the model was not published yet", code="owner.unpublished", claim=name, hint="Run: cloister owner publish"
+            )
+        statement = self._next(
+            model,
+            current,
+            sealed_model=current.sealed_model,
+            release_policy=current.release_policy,
+            key_service=current.key_service,
+            grants=change(dict(current.grants)),
+            options=current.options,
+        )
+        return self._send(model, statement, model.pool, with_key=False)
+
+    def _next(self, model: DeskModel, current: Statement | None, **fields: object) -> Statement:
+        return Statement(
+            service=self._conversation.trust.service,
+            model=self._desk.model_id(model.name),
+            version=current.version + 1 if current else 1,
+            previous=current.digest if current else bytes(32),
+            **fields,  # type: ignore[arg-type]  # the fields of a statement, named by the callers above
+        )
+
+    def _send(self, model: DeskModel, statement: Statement, pool: bytes, *, with_key: bool) -> Statement:
+        signed = SignedStatement.sign(statement, self._desk.key)
+        receipt = self._carrier.run(self._deliver(model, statement, signed, pool, with_key=with_key))
+        self._desk.keep(replace(model, statement=signed, pool=pool))
+        self._desk.keep_head(receipt.head)
+        return statement
+
+    def _deliver(
+        self, model: DeskModel, statement: Statement, signed: SignedStatement, pool: bytes, *, with_key: bool
+    ) -> Flow[Receipt]:
+        verified = self._conversation.current()
+        configuration, suite = select(verified.document.keys)
+        sealed_key = None
+        if with_key:
+            sealed_key = hpke.seal_to(
+                suite,
+                configuration.public_key,
+                model.key.reveal(),
+                info=model_key_info(self._conversation.trust.service),
+                aad=statement.digest,
+            )
+        publication = Publication(statement=signed, sealed_key=sealed_key, key_id=configuration.key_id, pool=pool)
+        try:
+            content = yield from ask_key_service(verified, b"/statements", publication.to_bytes())
+        except Rollback as error:
+            yield from self._explain(verified, model, error)
+            raise
+        receipt = Receipt.from_bytes(content)
+        receipt.head.verify(self._conversation.trust.service)
+        return receipt
+
+    def _explain(self, verified: VerifiedDocument, model: DeskModel, error: Rollback) -> Flow[None]:
+        """Tell a lost receipt (the service is ahead of the desk) from a store that was put back."""
+        name = self._desk.model_id(model.name)
+        content = yield from ask_key_service(verified, b"/statements/current", encode(name))
+        fields = unpack(decode(content, what="statement"), "current statement", pool=bytes, statement=dict)
+        signed = SignedStatement.from_data(fields["statement"])
+        theirs, ours = signed.open(), model.current()
+        if theirs.model == name and signed.owner_key == self._desk.key.public and (ours is None or theirs.version > ours.version):
+            self._desk.keep(replace(model, statement=signed, pool=fields["pool"]))
+            raise UsageError(
+                "the service had taken a statement whose receipt was lost; the desk has it now",
+                code="owner.receipt",
+                claim="statement version",
+                expected=ours.version if ours else 0,
+                actual=theirs.version,
+                hint="Run the command again",
+            ) from error
+
+    def _only_pool(self) -> bytes:
+        pools = self._conversation.current().document.pools
+        if len(pools) != 1:
+            raise UsageError(
+                "say which pool shall serve the model",
+                code="owner.pool",
+                claim="pool",
+                expected=", ".join(f"{entry.pool.name} {entry.pool.id.hex()}" for entry in pools) or "a pool",
+                actual="none named",
+            )
+        return pools[0].pool.id
+
+    def _upload(self, sealed: SealedModel, path: Path, progress: Progress | None) -> None:
+        try:
+            answer = self._carrier.upload(f"/blobs/{sealed.blob.hex()}", _pieces(path, sealed.size, progress), sealed.size)
+        except OSError as error:
+            raise UsageError(
+                "the sealed file can't be read", code="owner.file", claim=str(path), actual=error.strerror
+            ) from error
+        if answer.status not in (200, 201, 204):
+            raise CloisterError(
+                "the host did not take the sealed model",
+                code="owner.upload",
+                claim="upload",
+                expected="status 201",
+                actual=answer.status,
+                hint="Seal the model again if its file was changed",
+            )
+
+
+def _pieces(path: Path, size: int, progress: Progress | None) -> Iterator[bytes]:
+    done = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            done += len(piece)
+            yield piece
+            if progress is not None:
+                progress(done, size)

@@ -1,0 +1,373 @@
+"""The simulated platform's own vendor: a private root, its certificates and its collateral.
+
+It makes SGX evidence in the genuine format, so that one verifier serves simulation and production. What it
+vouches for is worth nothing: whoever administers the machine has its keys. Its names and its FMSPC say so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from cloister.core.evidence.bundle import Collateral
+from cloister.core.evidence.pck import PckExtension
+from cloister.core.secret import Secret
+from cloister.errors import UsageError
+from cloister.sim import pki, tcb
+from cloister.sim.quote import ATTRIBUTES, DEBUG_ATTRIBUTES, QuotingEnclave, raw_sign, report
+
+FOLDER: Final = "simulated-authority"  # inside the data directory
+FMSPC: Final = b"SIMSGX"  # recognisable in every certificate and in TCB info
+PCE_ID: Final = bytes(2)
+LIFETIME: Final = 30 * 86400  # seconds that issued collateral is in force, as Intel's
+CERTIFICATE_LIFETIME: Final = 10 * 366 * 86400  # seconds
+
+_STEP: Final = 3600  # seconds; collateral issued within one hour carries one date, so none looks older
+_SLACK: Final = 300  # seconds that a verifier's clock may be behind
+_SVN: Final = (2,) * 16
+_SECRET: Final = "platform.secret"  # a file name  # noqa: S105
+_ROLES: Final = ("root", "pck-ca", "pck", "tcb-signing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flaws:
+    """What to get wrong, so that each refusal can be shown end to end. The default is flawless.
+
+    Attributes:
+        pck_revoked: List the PCK on the PCK CRL.
+        pck_ca_revoked: List the PCK CA on the root CRL.
+        tcb_signing_revoked: List the TCB signing certificate on the root CRL.
+        tcb_status: Status of the platform's own TCB level.
+        advisories: Advisories of that level.
+        qe_status: Status of the quoting enclave's own version.
+        age: Seconds to date the collateral back.
+        fmspc: Platform family that TCB info speaks of.
+        pce_id: PCE that TCB info speaks of.
+    """
+
+    pck_revoked: bool = False
+    pck_ca_revoked: bool = False
+    tcb_signing_revoked: bool = False
+    tcb_status: str = "UpToDate"
+    advisories: tuple[str, ...] = ()
+    qe_status: str = "UpToDate"
+    age: int = 0
+    fmspc: bytes = FMSPC
+    pce_id: bytes = PCE_ID
+
+
+FLAWLESS: Final = Flaws()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class _Identity:
+    """One principal of the hierarchy, with its private key: never printed."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+
+class SimulatedAuthority:
+    """Root, PCK CA, PCK and TCB signer of one data directory: `create`, `open` or `open_or_create` it."""
+
+    def __init__(self, identities: dict[str, _Identity], platform_secret: Secret) -> None:
+        self._root = identities["root"]
+        self._pck_ca = identities["pck-ca"]
+        self._pck = identities["pck"]
+        self._tcb_signing = identities["tcb-signing"]
+        self._platform_secret = platform_secret
+        self._platform = _platform(self._root.certificate)
+        self._quoting_enclave = QuotingEnclave(
+            attestation_key=ec.generate_private_key(ec.SECP256R1()),
+            pck_key=self._pck.key,
+            certification_data=_pem(self._pck, self._pck_ca, self._root),
+            cpu_svn=self._platform.cpu_svn,
+            pce_svn=self._platform.pce_svn,
+        )
+
+    @classmethod
+    def create(cls, directory: Path, *, now: int) -> SimulatedAuthority:
+        """Make a new authority and keep it in ``directory``; keys are readable by the owner only.
+
+        Args:
+            directory: The data directory; made if it doesn't exist.
+            now: Unix seconds; the certificates are valid from the day before.
+
+        Raises:
+            UsageError: there already is one, or the directory can't be written.
+        """
+        identities = _issue_all(now - 86400)
+        platform_secret = Secret(secrets.token_bytes(32))
+        target = directory / FOLDER
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=directory))  # 0700
+            try:
+                _write(draft, identities, platform_secret)
+                draft.rename(target)  # all or nothing: a second creator fails here
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        except OSError as error:
+            raise UsageError(
+                f"the simulated authority can't be written to {target}: {error.strerror}",
+                code="sim.authority",
+                hint="Is there one already?",
+            ) from error
+        return cls(identities, platform_secret)
+
+    @classmethod
+    def open(cls, directory: Path) -> SimulatedAuthority:
+        """Read the authority of a data directory.
+
+        Raises:
+            UsageError: there is none, it is damaged, or others can read its keys.
+        """
+        folder = directory / FOLDER
+        try:
+            identities = {role: _read(folder, role) for role in _ROLES}
+            platform_secret = Secret(_private(folder / _SECRET))
+        except OSError as error:
+            raise UsageError(
+                f"there is no simulated authority in {directory}: {error.strerror}", code="sim.authority"
+            ) from error
+        except ValueError:
+            # No cause: a parser's message could quote a key.
+            raise UsageError(
+                f"the simulated authority in {folder} is damaged", code="sim.authority"
+            ) from None
+        if len(platform_secret) != 32:
+            raise UsageError(f"the simulated authority in {folder} is damaged", code="sim.authority")
+        return cls(identities, platform_secret)
+
+    @classmethod
+    def open_or_create(cls, directory: Path, *, now: int) -> SimulatedAuthority:
+        """Open the authority of ``directory``; make it at the first time. Safe against a second maker.
+
+        Raises:
+            UsageError: as `create` and `open`.
+        """
+        if not (directory / FOLDER).exists():
+            try:
+                return cls.create(directory, now=now)
+            except UsageError:
+                if not (directory / FOLDER).exists():
+                    raise
+        return cls.open(directory)
+
+    @property
+    def root_der(self) -> bytes:
+        """The root certificate: what a policy names as ``dangerous_simulated_root``."""
+        return self._root.certificate.public_bytes(Encoding.DER)
+
+    @property
+    def root_pem(self) -> str:
+        """The same in PEM, for a policy file."""
+        return self._root.certificate.public_bytes(Encoding.PEM).decode()
+
+    def collateral(self, now: int, *, flaws: Flaws = FLAWLESS) -> Collateral:
+        """Issue collateral in force from ``now`` (unix seconds) on for 30 days; its numbers grow."""
+        issued = (now - _SLACK) // _STEP * _STEP - flaws.age
+        next_update = issued + LIFETIME
+        number = issued // _STEP
+        signing_chain = _pem(self._tcb_signing, self._root)
+        revoked_by_root = [
+            identity.certificate.serial_number
+            for identity, revoked in (
+                (self._pck_ca, flaws.pck_ca_revoked),
+                (self._tcb_signing, flaws.tcb_signing_revoked),
+            )
+            if revoked
+        ]
+        revoked_pcks = [self._pck.certificate.serial_number] if flaws.pck_revoked else []
+        described = PckExtension(
+            ppid=self._platform.ppid,
+            tcb_components=self._platform.tcb_components,
+            pce_svn=self._platform.pce_svn,
+            cpu_svn=self._platform.cpu_svn,
+            pce_id=flaws.pce_id,
+            fmspc=flaws.fmspc,
+            sgx_type=self._platform.sgx_type,
+        )
+        info = tcb.tcb_info(
+            described,
+            issued=issued,
+            next_update=next_update,
+            evaluation_number=number,
+            status=flaws.tcb_status,
+            advisories=flaws.advisories,
+        )
+        identity = tcb.qe_identity(
+            issued=issued, next_update=next_update, evaluation_number=number, status=flaws.qe_status
+        )
+
+        def revoke(issuer: _Identity, serials: list[int]) -> bytes:
+            return pki.revoke(
+                serials,
+                issuer=issuer.certificate,
+                issuer_key=issuer.key,
+                issued=issued,
+                next_update=next_update,
+                number=number,
+            )
+
+        return Collateral(
+            pck_crl_issuer_chain=_pem(self._pck_ca, self._root),
+            root_ca_crl=revoke(self._root, revoked_by_root),
+            pck_crl=revoke(self._pck_ca, revoked_pcks),
+            tcb_info_issuer_chain=signing_chain,
+            tcb_info=info,
+            tcb_info_signature=raw_sign(self._tcb_signing.key, info),
+            qe_identity_issuer_chain=signing_chain,
+            qe_identity=identity,
+            qe_identity_signature=raw_sign(self._tcb_signing.key, identity),
+        )
+
+    def quote(
+        self,
+        *,
+        report_data: bytes,
+        mr_enclave: bytes,
+        mr_signer: bytes,
+        isv_prod_id: int,
+        isv_svn: int,
+        debug: bool = False,
+        now: int,
+    ) -> bytes:
+        """A signed quote over these values.
+
+        Args:
+            report_data: 64 B that the enclave binds.
+            mr_enclave: 32 B.
+            mr_signer: 32 B.
+            isv_prod_id: 0 to 65535.
+            isv_svn: 0 to 65535.
+            debug: Mark the enclave as open to a debugger.
+            now: Unix seconds.
+
+        Raises:
+            UsageError: a number is out of range, or the platform's certificates have expired.
+            EvidenceError: a value has another length.
+        """
+        for name, number in (("isv_prod_id", isv_prod_id), ("isv_svn", isv_svn)):
+            if not 0 <= number <= 0xFFFF:
+                raise UsageError("out of range", claim=name, expected="0 to 65535", actual=number)
+        if now > self._pck.certificate.not_valid_after_utc.timestamp():
+            raise UsageError(
+                "the simulated platform's certificates have expired",
+                code="sim.authority",
+                hint="Make a new data directory.",
+            )
+        body = report(
+            cpu_svn=self._platform.cpu_svn,
+            attributes=DEBUG_ATTRIBUTES if debug else ATTRIBUTES,
+            mr_enclave=mr_enclave,
+            mr_signer=mr_signer,
+            isv_prod_id=isv_prod_id,
+            isv_svn=isv_svn,
+            report_data=report_data,
+        )
+        return self._quoting_enclave.sign(body)
+
+    def sealing_key(self, mr_enclave: bytes) -> Secret:
+        """The 32-byte key that only enclaves with this measurement get from this platform.
+
+        Raises:
+            UsageError: ``mr_enclave`` hasn't 32 bytes.
+        """
+        if len(mr_enclave) != 32:
+            raise UsageError(
+                "a measurement has 32 bytes", claim="mr_enclave", expected="32 B", actual=len(mr_enclave)
+            )
+        info = b"cloister/v1/simulated-sealing-key" + mr_enclave
+        kdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info)
+        return Secret(kdf.derive(self._platform_secret.reveal()))
+
+
+def _issue_all(not_before: int) -> dict[str, _Identity]:
+    not_after = not_before + CERTIFICATE_LIFETIME
+    issued: dict[str, _Identity] = {}
+
+    def issue(role: str, name: str, issuer: str, path_length: int | None, sgx: bytes | None = None) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        by = issued.get(issuer)
+        certificate = pki.issue(
+            name,
+            key.public_key(),
+            issuer=by.certificate if by else None,
+            issuer_key=by.key if by else key,
+            not_before=not_before,
+            not_after=not_after,
+            path_length=path_length,
+            sgx=sgx,
+        )
+        issued[role] = _Identity(key=key, certificate=certificate)
+
+    issue("root", pki.ROOT_NAME, "", 1)
+    issue("pck-ca", pki.PCK_CA_NAME, "root", 0)
+    issue("tcb-signing", pki.TCB_SIGNING_NAME, "root", None)
+    platform = _platform(issued["root"].certificate)
+    issue("pck", pki.PCK_NAME, "pck-ca", None, pki.sgx_extension(platform))
+    return issued
+
+
+def _platform(root: x509.Certificate) -> PckExtension:
+    return PckExtension(
+        ppid=hashlib.sha256(b"simulated PPID" + root.public_bytes(Encoding.DER)).digest()[:16],
+        tcb_components=_SVN,
+        pce_svn=2,
+        cpu_svn=bytes(_SVN),
+        pce_id=PCE_ID,
+        fmspc=FMSPC,
+        sgx_type=0,
+    )
+
+
+def _pem(*chain: _Identity) -> bytes:
+    return b"".join(identity.certificate.public_bytes(Encoding.PEM) for identity in chain)
+
+
+def _write(folder: Path, identities: dict[str, _Identity], platform_secret: Secret) -> None:
+    for role, identity in identities.items():
+        pem = identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        _write_private(folder / f"{role}.key.pem", pem)
+        (folder / f"{role}.pem").write_bytes(identity.certificate.public_bytes(Encoding.PEM))
+    _write_private(folder / _SECRET, platform_secret.reveal())
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _read(folder: Path, role: str) -> _Identity:
+    key = load_pem_private_key(_private(folder / f"{role}.key.pem"), password=None)
+    certificate = x509.load_pem_x509_certificate((folder / f"{role}.pem").read_bytes())
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise ValueError("the key isn't the certificate's")
+    return _Identity(key=key, certificate=certificate)
+
+
+def _private(path: Path) -> bytes:
+    if path.stat().st_mode & 0o077:
+        raise UsageError(
+            f"{path} can be read by others", code="sim.authority", expected="mode 600", hint="chmod 600 it."
+        )
+    return path.read_bytes()

@@ -1,0 +1,91 @@
+"""Trust anchors: immutable, of one kind, and never one's own invention."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from cloister.core import encoding
+from cloister.core.verifier import TrustAnchors
+from cloister.core.verifier.roots import intel
+from cloister.errors import UsageError
+from cloister.sim import pki
+
+
+def self_signed(name: str, path_length: int | None, signing_key=None) -> bytes:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = pki.issue(
+        name,
+        key.public_key(),
+        issuer=None,
+        issuer_key=signing_key or key,
+        not_before=0,
+        not_after=1,
+        path_length=path_length,
+    )
+    return certificate.public_bytes(Encoding.DER)
+
+
+def test_embedded_root_is_intels():
+    assert hashlib.sha256(intel.INTEL_SGX_ROOT).digest() == intel.FINGERPRINT
+    assert TrustAnchors.vendor().dcap_root == intel.INTEL_SGX_ROOT
+
+
+def test_embedded_root_equals_the_published_one(vectors):
+    assert (vectors / "_intel-root" / "TrustedRootCA.der").read_bytes() == intel.INTEL_SGX_ROOT
+
+
+def test_constructor_is_private():
+    with pytest.raises(TypeError):
+        TrustAnchors()
+
+
+def test_anchors_do_not_change(anchors):
+    with pytest.raises(AttributeError):
+        anchors.is_simulated = False
+    with pytest.raises(AttributeError):
+        anchors.dcap_root = intel.INTEL_SGX_ROOT
+    with pytest.raises(AttributeError):
+        del anchors.dcap_root
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_anchors_are_not_copied(duplicate, anchors):
+    with pytest.raises(TypeError):
+        duplicate(anchors)
+
+
+def test_digest_names_kind_and_root(anchors, authority):
+    fingerprint = hashlib.sha256(authority.root_der).digest()
+    assert anchors.digest == encoding.digest(["cloister/v1/trust-anchors", "simulated", [fingerprint]])
+    assert len(TrustAnchors.vendor().digest) == 32
+    assert anchors != TrustAnchors.vendor()
+    assert anchors == TrustAnchors.simulated(authority.root_der)
+    assert hash(anchors) == hash(TrustAnchors.simulated(authority.root_der))
+    assert (anchors.is_simulated, TrustAnchors.vendor().is_simulated) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        pytest.param(lambda: intel.INTEL_SGX_ROOT, id="vendor"),
+        pytest.param(lambda: self_signed("Some Root CA", 1), id="unmarked"),
+        pytest.param(lambda: self_signed("Simulated leaf", None), id="no-ca"),
+        pytest.param(lambda: self_signed("Simulated CA", 0), id="short-path"),
+        pytest.param(
+            lambda: self_signed("Simulated CA", 1, ec.generate_private_key(ec.SECP256R1())),
+            id="not-self-signed",
+        ),
+        pytest.param(lambda: b"", id="empty"),
+        pytest.param(lambda: b"\x30" * 100, id="garbage"),
+    ],
+)
+def test_what_is_no_simulated_root(root):
+    with pytest.raises(UsageError) as caught:
+        TrustAnchors.simulated(root())
+    assert caught.value.code == "anchors.simulated-root"

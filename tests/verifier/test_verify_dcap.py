@@ -1,0 +1,154 @@
+"""Verification that succeeds: real and simulated evidence, and agreement with an independent verifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import dcap_qvl
+import pytest
+
+from cloister.core.evidence import Collateral, Evidence
+from cloister.core.verifier import TrustAnchors, verify
+from cloister.core.verifier.result import CollateralMark, newest, require_not_older
+from cloister.errors import EvidenceError, EvidenceRefused
+from cloister.sim.authority import FMSPC, Flaws
+
+SGX_VECTORS = ["sgx-v3-config-swhardening", "sgx-v3-debug-outofdate", "sgx-v3-swhardening-platformca"]
+
+
+def load(folder: Path) -> tuple[Evidence, dict]:
+    evidence = Evidence(
+        tee="sgx",
+        quote=(folder / "quote.bin").read_bytes(),
+        collateral=Collateral.from_json((folder / "collateral.json").read_text()),
+    )
+    return evidence, json.loads((folder / "expected.json").read_text())
+
+
+def second_opinion(evidence: Evidence, now: int, root: bytes | None = None):
+    collateral = dcap_qvl.QuoteCollateralV3.from_json(evidence.collateral.to_json())
+    if root is None:
+        return dcap_qvl.verify(evidence.quote, collateral, now)
+    return dcap_qvl.verify_with_root_ca(evidence.quote, collateral, root, now)
+
+
+@pytest.mark.parametrize("name", SGX_VECTORS)
+def test_real_evidence_has_the_status_that_intels_rules_give(name, vectors):
+    evidence, expected = load(vectors / name)
+    result = verify(evidence, anchors=TrustAnchors.vendor(), now=expected["verify_at"])
+    assert result.tcb_status == expected["intel_qvl_rules_status"]
+    assert result.debug == ("DEBUG" in expected["flags"])
+    assert not result.simulated
+    if not result.debug:  # the second opinion refuses debug enclaves outright
+        opinion = second_opinion(evidence, expected["verify_at"])
+        assert (opinion.status, sorted(opinion.advisory_ids)) == (result.tcb_status, list(result.advisories))
+
+
+@pytest.mark.parametrize("name", SGX_VECTORS)
+def test_real_evidence_expires(name, vectors):
+    evidence, expected = load(vectors / name)
+    result = verify(evidence, anchors=TrustAnchors.vendor(), now=expected["verify_at"])
+    assert verify(evidence, anchors=TrustAnchors.vendor(), now=result.not_after).not_after == result.not_after
+    with pytest.raises(EvidenceRefused) as caught:
+        verify(evidence, anchors=TrustAnchors.vendor(), now=result.not_after + 1)
+    assert caught.value.code == "evidence.expired"
+
+
+@pytest.mark.parametrize("name", SGX_VECTORS)
+def test_real_evidence_is_refused_under_a_simulated_root(name, vectors, anchors):
+    evidence, expected = load(vectors / name)
+    with pytest.raises(EvidenceRefused) as caught:
+        verify(evidence, anchors=anchors, now=expected["verify_at"])
+    assert (caught.value.code, caught.value.claim) == ("evidence.root", "root certificate")
+
+
+def test_real_quote_of_an_unsupported_version(vectors):
+    """That vector is a TDX quote of version 5."""
+    evidence, expected = load(vectors / "neg-pck-not-yet-valid")
+    with pytest.raises(EvidenceError, match="quote version"):
+        verify(evidence, anchors=TrustAnchors.vendor(), now=expected["verify_at"])
+
+
+def test_simulated_evidence(make_evidence, anchors, now):
+    result = verify(make_evidence(), anchors=anchors, now=now)
+    assert result.simulated
+    assert not result.debug
+    assert result.tcb_status == "UpToDate"
+    assert result.advisories == ()
+    assert result.measurements["mr_enclave"] == b"e" * 32
+    assert result.measurements["mr_signer"] == b"s" * 32
+    assert (result.measurements["isv_prod_id"], result.measurements["isv_svn"]) == (7, 3)
+    assert result.report_data == bytes(range(64))
+    assert result.platform.fmspc == FMSPC
+    assert result.anchors_digest == anchors.digest
+    assert [step.name.split()[0] for step in result.steps] == [str(number) for number in range(1, 12)]
+
+
+def test_simulated_evidence_gets_the_same_second_opinion(make_evidence, authority, now):
+    evidence = make_evidence(flaws=Flaws(tcb_status="ConfigurationNeeded", advisories=("INTEL-SA-00001",)))
+    result = verify(evidence, anchors=TrustAnchors.simulated(authority.root_der), now=now)
+    opinion = second_opinion(evidence, now, authority.root_der)
+    assert (opinion.status, tuple(opinion.advisory_ids)) == (result.tcb_status, result.advisories)
+    with pytest.raises(ValueError):
+        second_opinion(evidence, now)
+
+
+@pytest.mark.parametrize(
+    "flaws",
+    [Flaws(pck_revoked=True), Flaws(pck_ca_revoked=True), Flaws(age=40 * 86400), Flaws(fmspc=b"OTHER!")],
+)
+def test_second_opinion_refuses_what_we_refuse(flaws, make_evidence, authority, anchors, now):
+    evidence = make_evidence(flaws=flaws)
+    with pytest.raises(EvidenceRefused):
+        verify(evidence, anchors=anchors, now=now)
+    with pytest.raises(ValueError):
+        second_opinion(evidence, now, authority.root_der)
+
+
+@pytest.mark.parametrize("qe_status", ["UpToDate", "OutOfDate"])
+@pytest.mark.parametrize("tcb_status", ["UpToDate", "SWHardeningNeeded", "ConfigurationNeeded", "OutOfDate"])
+def test_merged_status_gets_the_same_second_opinion(
+    tcb_status, qe_status, make_evidence, authority, anchors, now
+):
+    evidence = make_evidence(flaws=Flaws(tcb_status=tcb_status, qe_status=qe_status))
+    result = verify(evidence, anchors=anchors, now=now)
+    assert second_opinion(evidence, now, authority.root_der).status == result.tcb_status
+
+
+def test_debug_evidence_says_so(make_evidence, anchors, now):
+    assert verify(make_evidence(debug=True), anchors=anchors, now=now).debug
+
+
+def test_result_can_be_printed_and_serialised(make_evidence, anchors, now):
+    result = verify(make_evidence(), anchors=anchors, now=now)
+    document = json.loads(json.dumps(result.to_dict()))
+    assert document["measurements"]["mr_enclave"] == "65" * 32
+    assert document["simulated"] is True
+    assert len(document["steps"]) == 11
+    assert "SIMULATED" in result.lines()[0]
+
+
+def test_older_collateral_is_noticed(make_evidence, anchors, now):
+    fresh = verify(make_evidence(), anchors=anchors, now=now)
+    old = verify(make_evidence(flaws=Flaws(age=7200)), anchors=anchors, now=now)
+    seen = newest({}, fresh.collateral)
+    require_not_older(fresh.collateral, seen)
+    with pytest.raises(EvidenceRefused) as caught:
+        require_not_older(old.collateral, seen)
+    assert caught.value.code == "evidence.collateral-older"
+    require_not_older(fresh.collateral, newest({}, old.collateral))
+
+
+@pytest.mark.parametrize("older", [CollateralMark(issued=1, number=6), CollateralMark(issued=2, number=5)])
+def test_either_mark_counts(older):
+    seen = {"TCB info": CollateralMark(issued=2, number=6)}
+    with pytest.raises(EvidenceRefused):
+        require_not_older({"TCB info": older}, seen)
+    assert newest(seen, {"TCB info": older}) == seen
+
+
+def test_measurements_do_not_change(make_evidence, anchors, now):
+    result = verify(make_evidence(), anchors=anchors, now=now)
+    with pytest.raises(TypeError):
+        result.measurements["mr_enclave"] = b""  # type: ignore[index]
