@@ -191,7 +191,7 @@ def test_pck_out_of_its_dates(start, end, code, authority, issue, quote_with, ma
     ("is_ca", "usages"), [(False, (True, True)), (True, (True, True)), (False, (False, False))]
 )
 def test_basic_constraints_and_key_usage_both_count(is_ca, usages, authority, now):
-    """A chain whose middle is no CA but may sign certificates, whose leaf is a CA that signs, or may not sign."""
+    """A middle that is no CA but may sign certificates, a leaf that is a CA, a leaf that may not sign."""
     key = ec.generate_private_key(ec.SECP256R1())
     digital_signature, key_cert_sign = usages
     usage = x509.KeyUsage(

@@ -126,7 +126,7 @@ def reference_policy(measurement: Measurement, root: bytes | None) -> AppraisalP
     return AppraisalPolicy(
         tee="sgx",
         mr_enclave=frozenset({measurement.mr_enclave}),
-        attributes=ATTRIBUTES,
+        attributes=bytes(a & b for a, b in zip(ATTRIBUTES, ATTRIBUTES_MASK, strict=True)),
         attributes_mask=ATTRIBUTES_MASK,
         isv_prod_id=measurement.isv_prod_id,
         min_isv_svn=measurement.isv_svn,

@@ -97,9 +97,9 @@ class Session:
             except Unavailable as error:
                 failure = error
             except (AccessRefused, BindingRefused, NotFound) as error:
-                # The enclave says that our document is older than what it holds. Once is enough to find out.
-                stale = error.code in _STALE or error.code == "not-found.model"
-                if not stale or (failure is not None and failure.code == error.code):
+                # The enclave may hold a newer document than we; a cache on the way may lag behind for a moment.
+                again = failure is not None and failure.code == error.code and error.code != "access.statement"
+                if again or not _wants_refresh(error):
                     raise
                 failure = error
         assert failure is not None

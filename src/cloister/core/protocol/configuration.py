@@ -124,12 +124,12 @@ def require_anchor(configuration: EnclaveConfiguration, policy: AppraisalPolicy)
         AppraisalRefused: the configuration is simulated and the policy isn't, or the anchors differ.
     """
     expected = policy.anchors
-    if configuration.simulated != expected.simulated:
+    if configuration.simulated != expected.is_simulated:
         raise AppraisalRefused(
             "the enclave was configured for another kind of trust anchor",
             code="appraisal.simulated",
             claim="simulated",
-            expected=expected.simulated,
+            expected=expected.is_simulated,
             actual=configuration.simulated,
             hint="Its host chose what it trusts; do not use this service under this policy",
         )

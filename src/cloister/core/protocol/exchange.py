@@ -43,6 +43,7 @@ class Possession:
     """Proof that the service holds its key now: a signature over a Merkle tree of clients' nonces.
 
     Attributes:
+        document: Digest of the document that the service serves now (32 bytes).
         root: Root over the batch's nonces (32 bytes).
         size: Nonces in the batch.
         index: Which of them is the client's.
@@ -52,6 +53,7 @@ class Possession:
         consistency: Proof that it extends the head in the request.
     """
 
+    document: bytes
     root: bytes
     size: int
     index: int
@@ -65,16 +67,18 @@ class Possession:
         """Sign one batch for the current document (its digest)."""
         return key.sign(POSSESSION_PURPOSE, [CONTEXT, document, tree.root(), len(tree)])
 
-    def verify(self, request: HeadRequest, *, service: bytes, service_key: bytes, document: bytes) -> None:
+    def verify(self, request: HeadRequest, *, service: bytes, service_key: bytes) -> None:
         """Check freshness and that the log only grew.
 
+        Whether ``document`` is the one at hand is the caller's to see: a cache may lag behind by a moment.
+
         Raises:
-            Tampered: the signature or the path does not hold for this nonce and document.
+            Tampered: the signature or the path does not hold for this nonce.
             Rollback: the log does not extend the head in the request.
         """
         verify_inclusion(self.root, self.size, self.index, request.nonce, self.path)
         verify_signature(
-            service_key, POSSESSION_PURPOSE, [CONTEXT, document, self.root, self.size], self.signature
+            service_key, POSSESSION_PURPOSE, [CONTEXT, self.document, self.root, self.size], self.signature
         )
         self.head.verify(service)
         self.head.require_extends(request.head, list(self.consistency))
@@ -84,6 +88,7 @@ class Possession:
         return encode(
             {
                 "consistency": list(self.consistency),
+                "document": self.document,
                 "head": self.head.to_data(),
                 "index": self.index,
                 "path": list(self.path),
@@ -100,6 +105,7 @@ class Possession:
             decode(raw, what="possession", limit=_MAX_SMALL),
             "possession",
             consistency=list,
+            document=32,
             head=dict,
             index=int,
             path=list,

@@ -41,13 +41,15 @@ class PossessionDesk:
     def _sign(self) -> None:
         batch, self._waiting = self._waiting, []
         tree = MerkleTree(request.nonce for request, _ in batch)
-        signature = Possession.sign(self._log.identity, self._document(), tree)
+        document = self._document()
+        signature = Possession.sign(self._log.identity, document, tree)
         head = self._log.head()
         for index, (request, answer) in enumerate(batch):
             if answer.done():  # the client went away
                 continue
             answer.set_result(
                 Possession(
+                    document=document,
                     root=tree.root(),
                     size=len(tree),
                     index=index,

@@ -249,13 +249,16 @@ def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    buffer = bytes(weights)  # ONNX Runtime reads it while it makes the session, and must find it alive until then
     try:
-        if len(weights):
-            options.add_external_initializers_from_files_in_memory([WEIGHTS], [bytes(weights)], [len(weights)])
-        return ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
+        if buffer:
+            options.add_external_initializers_from_files_in_memory([WEIGHTS], [buffer], [len(buffer)])
+        session = ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
     except Exception:  # noqa: BLE001 - its message may quote the graph, so nothing of it is kept
         raise InvalidRequest(
             "ONNX Runtime does not load the model", code="model.load", claim="model", expected="a loadable graph"
         ) from None
+    del buffer
+    return session
 
 

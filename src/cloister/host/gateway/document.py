@@ -18,7 +18,7 @@ from cloister.host.gateway.forward import Forwarder
 from cloister.host.gateway.registry import KEY_SERVICE, Registry
 
 TARGET: Final = b"/.well-known/cloister"
-_FRESH: Final = 1.0  # seconds
+_FRESH: Final = 0.1  # seconds
 _TIMEOUT: Final = 5.0  # seconds
 
 
