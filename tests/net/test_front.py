@@ -71,7 +71,7 @@ REFUSED = {
     "no length": (b"POST /ohttp HTTP/1.1\r\nhost: a\r\n\r\n", 411),
     "chunks": (b"POST /ohttp HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 411),
     "two framings": (
-        b"POST /ohttp HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /ohttp HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n",
         400,
     ),
     "two lengths": (

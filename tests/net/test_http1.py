@@ -94,7 +94,8 @@ def test_a_long_run_of_blanks_takes_no_quadratic_time() -> None:
 
 
 def test_request() -> None:
-    raw = b"POST /ohttp?x=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 12\r\nX-A: \t b c \t\r\nVia: 1\r\nVIA: 2\r\n\r\n"
+    raw = b"POST /ohttp?x=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 12\r\n"
+    raw += b"X-A: \t b c \t\r\nVia: 1\r\nVIA: 2\r\n\r\n"
     head = http1.parse_request(memoryview(raw), LIMITS)
     assert (head.method, head.target, head.length, head.chunked) == (b"POST", b"/ohttp?x=1", 12, False)
     assert head.fields == {b"host": b"a", b"content-length": b"12", b"x-a": b"b c", b"via": b"1, 2"}
