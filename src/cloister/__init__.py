@@ -1,7 +1,7 @@
 """Confidential inference: sealed models, sealed requests, attested enclaves, untrusted hosts.
 
-The names below are the public interface. Each is loaded when it is first used, so that an enclave, which has only
-`core`, `net` and `enclave`, and a relying party that only verifies evidence, load nothing else.
+The names below are the public interface. Each is loaded when it is first used, so that an enclave, which has
+only `core`, `net` and `enclave`, and a relying party that only verifies evidence, load nothing else.
 """
 
 from __future__ import annotations

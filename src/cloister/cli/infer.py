@@ -22,7 +22,9 @@ def infer(
     inputs: Annotated[list[str], typer.Option("--input", help="NAME=FILE.npy; once for each input.")],
     policy: PolicyFile,
     identity: Annotated[Path, typer.Option("--identity", help="User identity file.")],
-    output: Annotated[Path | None, typer.Option("--output", help="Write the outputs to this .npz instead of printing them.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write the outputs to this .npz instead of printing them.")
+    ] = None,
     heads: Heads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,14 +40,23 @@ def infer(
             np.savez(file, **outputs)  # type: ignore[arg-type]  # its stub takes the names for options
     if as_json:
         shown = {} if output is not None else {name: array.tolist() for name, array in outputs.items()}
-        print_json({"outputs": shown, "stages_ms": stages, **({"written": str(output)} if output is not None else {})})
+        print_json(
+            {
+                "outputs": shown,
+                "stages_ms": stages,
+                **({"written": str(output)} if output is not None else {}),
+            }
+        )
         return
-    rows = [(name, array.dtype, list(array.shape), "written" if output is not None else array.tolist()) for name, array in outputs.items()]
+    rows = [
+        (name, array.dtype, list(array.shape), "written" if output is not None else array.tolist())
+        for name, array in outputs.items()
+    ]
     table("Outputs", ("name", "type", "shape", "values"), rows)
     table("Inside the enclave", ("stage", "ms"), [(name, f"{value:.3f}") for name, value in stages.items()])
 
 
-def _read_input(text: str) -> tuple[str, np.ndarray]:  # type: ignore[type-arg]
+def _read_input(text: str) -> tuple[str, np.ndarray]:
     name, equals, path = text.partition("=")
     if not equals or not name:
         raise UsageError(code="infer.input", claim="--input", expected="NAME=FILE.npy", actual=text[:200])
@@ -54,7 +65,11 @@ def _read_input(text: str) -> tuple[str, np.ndarray]:  # type: ignore[type-arg]
     except (OSError, ValueError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not an array"
         raise UsageError(
-            "the input can't be read", code="infer.input", claim=name, expected="a .npy file", actual=f"{path}: {reason}"
+            "the input can't be read",
+            code="infer.input",
+            claim=name,
+            expected="a .npy file",
+            actual=f"{path}: {reason}",
         ) from error
     if not isinstance(array, np.ndarray):
         raise UsageError(code="infer.input", claim=name, expected="a .npy file", actual=f"{path}: an archive")

@@ -11,11 +11,13 @@ from cloister.cli.output import print_json, table
 
 
 def measure(
-    source: Annotated[Path | None, typer.Option(help="Folder of the cloister package; by default the installed one.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder of the cloister package; by default the installed one.")
+    ] = None,
     manifest: Annotated[bool, typer.Option(help="Show everything that is measured.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Print the reference values of the enclave images. The same source gives the same values on any checkout."""
+    """Print the enclave images' reference values: the same for the same source on any checkout."""
     from cloister.sim.measurement import measure as measure_role
 
     measured = [measure_role(role, source) for role in ("key-service", "worker")]
@@ -52,7 +54,11 @@ def _plain(value: object) -> object:
 
 def _rows(value: object, prefix: str = "") -> list[tuple[str, object]]:
     if isinstance(value, dict):
-        return [row for name, item in value.items() for row in _rows(item, f"{prefix}.{name}" if prefix else str(name))]
+        return [
+            row
+            for name, item in value.items()
+            for row in _rows(item, f"{prefix}.{name}" if prefix else str(name))
+        ]
     if isinstance(value, list):
         return [row for index, item in enumerate(value) for row in _rows(item, f"{prefix}[{index}]")]
     return [(prefix, value)]

@@ -27,7 +27,7 @@ def report(error: CloisterError, *, as_json: bool) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON object on one line."""
-    print(json.dumps(value))  # noqa: T201
+    print(json.dumps(value))
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -47,7 +47,11 @@ def read_text(path: Path, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(
-            f"the {what} can't be read", code="file.read", claim=what, expected="a readable file", actual=f"{path}: {reason}"
+            f"the {what} can't be read",
+            code="file.read",
+            claim=what,
+            expected="a readable file",
+            actual=f"{path}: {reason}",
         ) from error
 
 

@@ -23,7 +23,10 @@ app = typer.Typer(help="The owner's desk.", no_args_is_help=True)
 DeskDir = Annotated[Path, typer.Option("--desk", help="The owner's desk (a folder with secrets).")]
 Name = Annotated[str, typer.Argument(help="The model's name.")]
 Url = Annotated[str, typer.Argument(help="URL of a gateway.")]
-Trusted = Annotated[Path, typer.Option("--service-policy", help="User policy (TOML) that names the service and its key service.")]
+Trusted = Annotated[
+    Path,
+    typer.Option("--service-policy", help="User policy (TOML) that names the service and its key service."),
+]
 User = Annotated[str, typer.Argument(help="The user's id at this owner (64 hex digits).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 DAY = 86400
@@ -43,7 +46,9 @@ def init(desk: DeskDir = Path("owner"), as_json: AsJson = False) -> None:
 def seal(
     name: Name,
     model: Annotated[Path, typer.Argument(help="An .onnx file.")],
-    output: Annotated[Path | None, typer.Option("--output", help="The sealed file; by default NAME.sealed on the desk.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The sealed file; by default NAME.sealed on the desk.")
+    ] = None,
     desk: DeskDir = Path("owner"),
     as_json: AsJson = False,
 ) -> None:
@@ -68,8 +73,12 @@ def publish(
     url: Url,
     policy: Annotated[Path, typer.Option("--policy", help="Model policy (TOML).")],
     service_policy: Trusted,
-    sealed: Annotated[Path | None, typer.Option("--sealed", help="The sealed file; by default NAME.sealed on the desk.")] = None,
-    pool: Annotated[str | None, typer.Option(help="Pool id (64 hex digits); by default the only one.")] = None,
+    sealed: Annotated[
+        Path | None, typer.Option("--sealed", help="The sealed file; by default NAME.sealed on the desk.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="Pool id (64 hex digits); by default the only one.")
+    ] = None,
     desk: DeskDir = Path("owner"),
     as_json: AsJson = False,
 ) -> None:
@@ -104,7 +113,12 @@ def grant(
 
 @app.command("revoke")
 def revoke(
-    name: Name, user: User, url: Url, service_policy: Trusted, desk: DeskDir = Path("owner"), as_json: AsJson = False
+    name: Name,
+    user: User,
+    url: Url,
+    service_policy: Trusted,
+    desk: DeskDir = Path("owner"),
+    as_json: AsJson = False,
 ) -> None:
     """Take a grant back. Workers follow within their lease, in seconds and in requests."""
     with _publisher(desk, url, service_policy) as publisher:

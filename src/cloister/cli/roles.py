@@ -1,4 +1,4 @@
-"""``cloister gateway | keyservice | worker``: the processes of a service, each one host's launcher or front door."""
+"""``cloister gateway | keyservice | worker``: a host's launchers and front door."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Annotated, Final
@@ -29,7 +29,9 @@ _FORWARD_TIMEOUT: Final = 30.0  # seconds
 MAX_BLOBS: Final = 256 << 30  # bytes
 
 Data = Annotated[Path, typer.Option("--data", help="Data directory of the service.")]
-Follow = Annotated[bool, typer.Option("--follow-parent", hidden=True, help="End when the parent process does.")]
+Follow = Annotated[
+    bool, typer.Option("--follow-parent", hidden=True, help="End when the parent process does.")
+]
 
 
 def gateway(
@@ -117,7 +119,10 @@ def _run_enclave(
     logging.info("%s", platform.announcement)
 
     async def main() -> None:
-        admin, public = Upstream(Peer(unix=site.admin)), Upstream(_public_peer(site), limits=Limits(max_body=64 << 20))
+        admin, public = (
+            Upstream(Peer(unix=site.admin)),
+            Upstream(_public_peer(site), limits=Limits(max_body=64 << 20)),
+        )
         routes = store_routes(BlobStore(site.blobs, MAX_BLOBS), SqliteRecords.open(site.records))
         launcher = Launcher(
             platform,
@@ -148,8 +153,8 @@ def _registration(admin: Upstream, name: str, pool: str) -> Callable[[Path], Awa
     return register
 
 
-def _forward(public: Upstream) -> Callable[[dict[str, str], bytes], Awaitable[tuple[int, str, bytes]]]:
-    async def forward(fields: dict[str, str], body: bytes) -> tuple[int, str, bytes]:
+def _forward(public: Upstream) -> Callable[[Mapping[str, str], bytes], Awaitable[tuple[int, str, bytes]]]:
+    async def forward(fields: Mapping[str, str], body: bytes) -> tuple[int, str, bytes]:
         raw = tuple((name.encode(), value.encode()) for name, value in fields.items())
         answer = await public.request(b"POST", b"/ohttp", raw, body, timeout=_FORWARD_TIMEOUT)
         return answer.status, answer.content_type.decode(), bytes(answer.body)
@@ -191,7 +196,9 @@ def _settings(text: str) -> dict[str, int]:
 
 def _prepare(data: Path, *, follow: bool) -> Site:
     """Set up one role's process: quiet logs, the data directory, an end together with its parent."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     if follow:
         parent = os.getppid()
@@ -209,5 +216,3 @@ async def _until_told() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     await told.wait()
-
-

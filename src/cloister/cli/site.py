@@ -13,11 +13,11 @@ from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.trust import hex_digest
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import UsageError
-from cloister.sim.authority import ATTRIBUTES
 from cloister.sim.measurement import Measurement
+from cloister.sim.quote import ATTRIBUTES
 
-# All of SGX ATTRIBUTES' flags count (Intel SDM, volume 3D, section 35.7.1); of XFRM only that reserved bits are zero
-# depends on the processor, so it is left open. DEBUG is refused whatever a policy says.
+# All of SGX ATTRIBUTES' flags count (Intel SDM, volume 3D, section 35.7.1); XFRM depends on the processor, so
+# it is left open. DEBUG is refused whatever a policy says.
 ATTRIBUTES_MASK: Final = bytes.fromhex("ffffffffffffffff0000000000000000")
 ALLOWED_TCB: Final = frozenset({"UpToDate"})
 
@@ -78,7 +78,10 @@ class Site:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                "the data directory can't be made", code="site.directory", claim=str(self.root), actual=error.strerror
+                "the data directory can't be made",
+                code="site.directory",
+                claim=str(self.root),
+                actual=error.strerror,
             ) from error
 
     def read_facts(self) -> dict[str, Any]:
@@ -106,7 +109,9 @@ class Site:
 
     def write_pool(self, pool: Pool) -> None:
         """Keep a pool's definition, for the workers that join it."""
-        text = f'name = "{pool.name}"\nshared = {str(pool.shared).lower()}\n\n[policy]\n{pool.policy.to_toml()}'
+        text = (
+            f'name = "{pool.name}"\nshared = {str(pool.shared).lower()}\n\n[policy]\n{pool.policy.to_toml()}'
+        )
         write_text(self.pool_file(pool.name), text)
 
     def read_pool(self, name: str) -> Pool:
@@ -117,12 +122,18 @@ class Site:
         except ValueError as error:
             raise UsageError(f"the pool definition is not TOML: {error}"[:200], code="pool.format") from error
         if table.keys() != {"name", "shared", "policy"} or type(table["shared"]) is not bool:
-            raise UsageError(code="pool.format", claim="pool", expected="name, shared, policy", actual=sorted(table))
-        return Pool(name=str(table["name"]), shared=table["shared"], policy=AppraisalPolicy.from_table(table["policy"]))
+            raise UsageError(
+                code="pool.format", claim="pool", expected="name, shared, policy", actual=sorted(table)
+            )
+        return Pool(
+            name=str(table["name"]),
+            shared=table["shared"],
+            policy=AppraisalPolicy.from_table(table["policy"]),
+        )
 
 
 def reference_policy(measurement: Measurement, root: bytes | None) -> AppraisalPolicy:
-    """The appraisal policy that admits exactly one measured image, under the simulated root or the vendors'."""
+    """The appraisal policy that admits exactly one image, under the simulated root or the vendors'."""
     return AppraisalPolicy(
         tee="sgx",
         mr_enclave=frozenset({measurement.mr_enclave}),

@@ -46,7 +46,15 @@ class Service:
 
     def start(self, name: str, *arguments: str) -> None:
         """Start a role's process under a name."""
-        command = [sys.executable, "-m", "cloister.cli", *arguments, "--data", str(self.site.root), "--follow-parent"]
+        command = [
+            sys.executable,
+            "-m",
+            "cloister.cli",
+            *arguments,
+            "--data",
+            str(self.site.root),
+            "--follow-parent",
+        ]
         self._commands[name] = command
         self._spawn(name)
 
@@ -102,7 +110,9 @@ class Service:
 
 
 def up(
-    data: Annotated[Path, typer.Option("--data", help="Data directory; made if it isn't there.")] = Path("var"),
+    data: Annotated[Path, typer.Option("--data", help="Data directory; made if it isn't there.")] = Path(
+        "var"
+    ),
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker enclaves.")] = 2,
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the gateway; 0 picks one.")] = 8440,
@@ -113,7 +123,9 @@ def up(
     threads: Annotated[int, typer.Option(help="Requests that a worker runs at once.")] = 2,
     memory_mib: Annotated[int, typer.Option(help="Models that a worker holds, in MiB.")] = 2048,
     capture: Annotated[Path | None, typer.Option(help="File for every byte that the gateway sees.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the service's facts as one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the service's facts as one JSON object.")
+    ] = False,
 ) -> None:
     """Start a service on this host with the simulated TEE and keep it running until interrupted."""
     from cloister.sim.platform import ANNOUNCEMENT
@@ -134,7 +146,14 @@ def up(
             console.print(f"[yellow]{ANNOUNCEMENT}[/yellow]")
         with console.status("starting") if not as_json else _Quiet() as status:
             facts = bring_up(
-                service, workers=workers, host=host, port=port, pool=pool, settings=settings, capture=capture, say=status.update
+                service,
+                workers=workers,
+                host=host,
+                port=port,
+                pool=pool,
+                settings=settings,
+                capture=capture,
+                say=status.update,
             )
         _show(site, facts, as_json=as_json)
         _watch(service)
@@ -246,7 +265,9 @@ def _workers(site: Site) -> int:
     return len(listed["workers"] if isinstance(listed, dict) else listed)
 
 
-def _write_policies(site: Site, service: bytes, key_service: AppraisalPolicy, worker: AppraisalPolicy) -> None:
+def _write_policies(
+    site: Site, service: bytes, key_service: AppraisalPolicy, worker: AppraisalPolicy
+) -> None:
     user = UserPolicy(service=service, key_service=key_service, worker=worker)
     write_text(site.user_policy, user.to_toml())
     write_text(site.model_policy, ModelPolicy(release=worker, key_service=key_service).to_toml())
@@ -256,7 +277,12 @@ def _show(site: Site, facts: dict[str, str], *, as_json: bool) -> None:
     if as_json:
         print_json({**facts, "data": str(site.root)})
         return
-    rows = [*facts.items(), ("user policy", site.user_policy), ("model policy", site.model_policy), ("logs", site.root / "logs")]
+    rows = [
+        *facts.items(),
+        ("user policy", site.user_policy),
+        ("model policy", site.model_policy),
+        ("logs", site.root / "logs"),
+    ]
     table("Serving; stop with Ctrl-C", ("what", "value"), rows)
 
 

@@ -13,7 +13,9 @@ from cloister.core.protocol.trust import UserPolicy
 
 Url = Annotated[str, typer.Argument(help="URL of a gateway.")]
 PolicyFile = Annotated[Path, typer.Option("--policy", help="User policy (TOML).")]
-Heads = Annotated[Path | None, typer.Option("--heads", help="File that keeps the newest tree head between runs.")]
+Heads = Annotated[
+    Path | None, typer.Option("--heads", help="File that keeps the newest tree head between runs.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
@@ -37,7 +39,20 @@ def verify(url: Url, policy: PolicyFile, heads: Heads = None, as_json: AsJson = 
     if as_json:
         print_json({**record.to_dict(), "pools": pools})
         return
-    table(f"Verified: service {record.service.hex()}", ("step", "outcome", "detail"), [(s.name, s.outcome, s.detail) for s in record.steps])
-    table("Pools that the policy accepts", ("name", "epoch", "models"), [(p["name"], p["epoch"], "\n".join(map(str, p["models"])) or "none") for p in pools])  # type: ignore[arg-type]
+    table(
+        f"Verified: service {record.service.hex()}",
+        ("step", "outcome", "detail"),
+        [(s.name, s.outcome, s.detail) for s in record.steps],
+    )
+    table(
+        "Pools that the policy accepts",
+        ("name", "epoch", "models"),
+        [
+            (entry.pool.name, entry.epoch, "\n".join(served.model for served in entry.models) or "none")
+            for entry in verified.document.pools
+        ],
+    )
     if record.simulated:
-        console.print("[yellow]simulated: this TEE protects nothing from its machine's administrator[/yellow]")
+        console.print(
+            "[yellow]simulated: this TEE protects nothing from its machine's administrator[/yellow]"
+        )

@@ -72,7 +72,9 @@ class _Base:
         aliases: dict[str, str] | None = None,
         now: Callable[[], int] = lambda: int(time.time()),
     ) -> None:
-        self._session = Session(policy=policy, identity=identity, now=now, heads=heads, aliases=dict(aliases or {}))
+        self._session = Session(
+            policy=policy, identity=identity, now=now, heads=heads, aliases=dict(aliases or {})
+        )
         self._stages: dict[str, float] = {}
 
     @property
@@ -93,7 +95,9 @@ class _Base:
             stages=dict(self._stages),
         )
 
-    def _infer(self, model: str, inputs: dict[str, Array], outputs: tuple[str, ...], deadline_ms: int | None) -> Flow[dict[str, Array]]:
+    def _infer(
+        self, model: str, inputs: dict[str, Array], outputs: tuple[str, ...], deadline_ms: int | None
+    ) -> Flow[dict[str, Array]]:
         model = self._session.resolve(model)
         header, buffers = oip.encode_request(inputs, outputs=outputs)
         fields = [(b"content-type", b"application/octet-stream"), (oip.HEADER_LENGTH, b"%d" % len(header))]

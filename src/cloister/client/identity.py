@@ -27,7 +27,7 @@ class Identity:
 
     @classmethod
     def create(cls, path: Path) -> Identity:
-        """Make a new identity and write it to ``path`` (mode 0600); raises UsageError where the file exists."""
+        """Make an identity and write it to ``path`` (mode 0600); raises UsageError where the file exists."""
         secret = Secret(os.urandom(_SIZE))
         text = f"{_LABEL} {base64.b64encode(secret.reveal()).decode()}\n"
         try:
@@ -66,7 +66,11 @@ class Identity:
             raw = b""
         if len(raw) != _SIZE:
             raise UsageError(
-                "the file is no Cloister identity", code="identity.format", claim=str(path), expected=_LABEL, actual="another"
+                "the file is no Cloister identity",
+                code="identity.format",
+                claim=str(path),
+                expected=_LABEL,
+                actual="another",
             )
         return cls(Secret(raw))
 

@@ -1,4 +1,4 @@
-"""A user's side of the protocol without any I/O: which pool, which key, which signature, and what to do on failure.
+"""A user's side of the protocol without I/O: which pool, which key, which signature, what to do on failure.
 
 A request goes through these steps, numbered as the body cites them:
 
@@ -26,7 +26,15 @@ from cloister.core.protocol.document import PoolEntry, ServedModel, VerifiedDocu
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.statement import owner_of
 from cloister.core.protocol.trust import UserPolicy
-from cloister.errors import AccessRefused, BindingRefused, CloisterError, NotFound, TransportError, Unavailable, UsageError
+from cloister.errors import (
+    AccessRefused,
+    BindingRefused,
+    CloisterError,
+    NotFound,
+    TransportError,
+    Unavailable,
+    UsageError,
+)
 
 REQUEST_LIFETIME: Final = 120  # seconds
 RETRY_PAUSES: Final = (0.05, 0.2, 0.5, 1.0)  # seconds before each further attempt
@@ -58,7 +66,9 @@ class Session:
     _approved: dict[bytes, bytes] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.conversation = Conversation(trust=self.policy.trust, head=_read_head(self.heads, self.policy.service))
+        self.conversation = Conversation(
+            trust=self.policy.trust, head=_read_head(self.heads, self.policy.service)
+        )
 
     def ensure(self) -> Flow[VerifiedDocument]:
         """The service document, verified in full unless it still holds (step 1)."""
@@ -97,8 +107,10 @@ class Session:
             except Unavailable as error:
                 failure = error
             except (AccessRefused, BindingRefused, NotFound) as error:
-                # The enclave may hold a newer document than we; a cache on the way may lag behind for a moment.
-                again = failure is not None and failure.code == error.code and error.code != "access.statement"
+                # The enclave may hold a newer document than we; a cache on the way may lag behind.
+                again = (
+                    failure is not None and failure.code == error.code and error.code != "access.statement"
+                )
                 if again or not _wants_refresh(error):
                     raise
                 failure = error
@@ -112,7 +124,7 @@ class Session:
         return model
 
     def place(self, model: str) -> tuple[PoolEntry, ServedModel]:
-        """The pool that serves a model and that the user's policy accepts, from the current document (step 2).
+        """The pool that serves a model and that the user's policy accepts (step 2).
 
         Raises:
             NotFound: no pool serves it.
@@ -144,7 +156,9 @@ class Session:
 
     def _attempt(self, model: str, inner: bhttp.Request) -> Flow[bhttp.Response]:
         if self.identity is None:
-            raise UsageError("the client has no identity to sign with", code="identity.none", hint="Pass identity=...")
+            raise UsageError(
+                "the client has no identity to sign with", code="identity.none", hint="Pass identity=..."
+            )
         entry, served = self.place(model)
         configuration, suite = select(entry.keys)  # step 3
         sealer = encapsulation.begin(configuration, suite)
@@ -194,7 +208,11 @@ def model_of(path: bytes) -> str:
     rest = path.partition(b"?")[0]
     if not rest.startswith(_MODELS):
         raise UsageError(
-            "only paths of models can be sent", code="request.path", claim="path", expected="/v2/models/...", actual=rest[:80].decode("ascii", "replace")
+            "only paths of models can be sent",
+            code="request.path",
+            claim="path",
+            expected="/v2/models/...",
+            actual=rest[:80].decode("ascii", "replace"),
         )
     rest = rest[len(_MODELS) :]
     for suffix in (b"/infer", b"/ready"):
@@ -213,7 +231,10 @@ def _read_head(path: Path | None, service: bytes) -> TreeHead | None:
         head = TreeHead.from_bytes(path.read_bytes())
     except OSError as error:
         raise UsageError(
-            "the file of the last tree head can't be read", code="heads.file", claim=str(path), actual=error.strerror
+            "the file of the last tree head can't be read",
+            code="heads.file",
+            claim=str(path),
+            actual=error.strerror,
         ) from error
     head.verify(service)
     return head
@@ -229,5 +250,8 @@ def _write_head(path: Path | None, head: TreeHead | None) -> None:
         fresh.replace(path)
     except OSError as error:
         raise UsageError(
-            "the file of the last tree head can't be written", code="heads.file", claim=str(path), actual=error.strerror
+            "the file of the last tree head can't be written",
+            code="heads.file",
+            claim=str(path),
+            actual=error.strerror,
         ) from error

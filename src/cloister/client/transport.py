@@ -64,7 +64,9 @@ def _inner(request: httpx.Request, content: bytes) -> bhttp.Request:
 
 
 def _response(inner: bhttp.Response, request: httpx.Request) -> httpx.Response:
-    return httpx.Response(inner.status, headers=list(inner.fields), content=bytes(inner.content), request=request)
+    return httpx.Response(
+        inner.status, headers=list(inner.fields), content=bytes(inner.content), request=request
+    )
 
 
 def _problem(error: CloisterError, request: httpx.Request) -> httpx.Response:

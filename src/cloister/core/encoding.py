@@ -7,7 +7,7 @@ refuses any other encoding of the same value. So a digest names exactly one mess
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import cbor2
 
@@ -19,10 +19,10 @@ MAX_DEPTH: Final = 32  # nesting of arrays and maps
 
 def encode(value: Any) -> bytes:
     """Encode plain data (None, bool, int, float, bytes, str, list, tuple, dict) deterministically."""
-    return cast(bytes, cbor2.dumps(value, canonical=True))
+    return cbor2.dumps(value, canonical=True)
 
 
-def decode(data: bytes | memoryview, *, what: str, limit: int = MAX_MESSAGE) -> Any:
+def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_MESSAGE) -> Any:
     """Decode one value that is encoded deterministically and fills ``data``.
 
     Args:
@@ -35,7 +35,9 @@ def decode(data: bytes | memoryview, *, what: str, limit: int = MAX_MESSAGE) -> 
     """
     raw = bytes(data)
     if len(raw) > limit:
-        raise FormatError(f"{what} is too long", claim="length", expected=f"at most {limit} B", actual=len(raw))
+        raise FormatError(
+            f"{what} is too long", claim="length", expected=f"at most {limit} B", actual=len(raw)
+        )
     try:
         value = cbor2.loads(raw, max_depth=MAX_DEPTH)
     except Exception as error:
@@ -81,7 +83,9 @@ def unpack(value: Any, what: str, /, **shape: type | tuple[type, ...] | int) -> 
         raise FormatError(f"{what} is not a map", claim="type", expected="map", actual=type(value).__name__)
     if value.keys() != shape.keys():
         names = sorted(map(str, value.keys() ^ shape.keys()))
-        raise FormatError(f"{what} has other fields", claim="fields", expected=sorted(shape), actual=f"differs in {names}")
+        raise FormatError(
+            f"{what} has other fields", claim="fields", expected=sorted(shape), actual=f"differs in {names}"
+        )
     for name, wanted in shape.items():
         _require_type(value[name], f"{what}.{name}", wanted)
     return value
@@ -90,9 +94,13 @@ def unpack(value: Any, what: str, /, **shape: type | tuple[type, ...] | int) -> 
 def _require_type(item: Any, what: str, wanted: type | tuple[type, ...] | int) -> None:
     if isinstance(wanted, int):
         if type(item) is not bytes or len(item) != wanted:
-            raise FormatError(f"{what} has another length", claim=what, expected=f"{wanted} B", actual=type(item).__name__)
+            raise FormatError(
+                f"{what} has another length", claim=what, expected=f"{wanted} B", actual=type(item).__name__
+            )
         return
     types = wanted if isinstance(wanted, tuple) else (wanted,)
     if type(item) not in types:
         expected = " or ".join(sorted(kind.__name__ for kind in types))
-        raise FormatError(f"{what} has another type", claim=what, expected=expected, actual=type(item).__name__)
+        raise FormatError(
+            f"{what} has another type", claim=what, expected=expected, actual=type(item).__name__
+        )

@@ -24,7 +24,9 @@ Thumbprint = bytes
 def thumbprint(public_key: bytes) -> Thumbprint:
     """Name of an Ed25519 public key (32 bytes): SHA-256 over its algorithm and its bytes."""
     if len(public_key) != KEY_SIZE:
-        raise FormatError("not an Ed25519 public key", claim="length", expected=KEY_SIZE, actual=len(public_key))
+        raise FormatError(
+            "not an Ed25519 public key", claim="length", expected=KEY_SIZE, actual=len(public_key)
+        )
     return digest([CONTEXT, "thumbprint", "ed25519", public_key])
 
 

@@ -1,7 +1,7 @@
 """Merkle trees of RFC 9162, section 2.1: heads, inclusion proofs and consistency proofs.
 
-`MerkleTree` keeps every complete subtree's hash, so that appending costs O(1) hashes on average and each proof
-O(log n).
+`MerkleTree` keeps every complete subtree's hash, so that appending costs O(1) hashes on average and each
+proof O(log n).
 """
 
 from __future__ import annotations
@@ -128,11 +128,16 @@ def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Seq
         position, last = position >> 1, last >> 1
     if not valid or last or node != root:
         raise Tampered(
-            code="tampered.inclusion", claim="inclusion in the tree", expected=root.hex(), actual="another root"
+            code="tampered.inclusion",
+            claim="inclusion in the tree",
+            expected=root.hex(),
+            actual="another root",
         )
 
 
-def verify_consistency(first: int, first_root: bytes, second: int, second_root: bytes, path: Sequence[bytes]) -> None:
+def verify_consistency(
+    first: int, first_root: bytes, second: int, second_root: bytes, path: Sequence[bytes]
+) -> None:
     """Check that the second tree extends the first (RFC 9162, 2.1.4.2).
 
     Raises:
@@ -150,7 +155,9 @@ def verify_consistency(first: int, first_root: bytes, second: int, second_root: 
         )
 
 
-def _is_consistent(first: int, first_root: bytes, second: int, second_root: bytes, path: Sequence[bytes]) -> bool:
+def _is_consistent(
+    first: int, first_root: bytes, second: int, second_root: bytes, path: Sequence[bytes]
+) -> bool:
     if first == second:
         return first_root == second_root and not path
     if first == 0:

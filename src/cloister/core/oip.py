@@ -1,7 +1,8 @@
 """Tensors of the Open Inference Protocol v2 (REST), in JSON and in the binary tensor data extension.
 
-Source: https://github.com/kserve/open-inference-protocol and Triton's binary tensor data extension. Binary inputs are
-read and binary outputs are written without a copy of their own. Needs NumPy; nothing else in `cloister.core` does.
+Source: https://github.com/kserve/open-inference-protocol and Triton's binary tensor data extension. Binary
+inputs are read and binary outputs are written without a copy of their own. Needs NumPy; nothing else in
+`cloister.core` does.
 """
 
 from __future__ import annotations
@@ -115,13 +116,19 @@ def decode_request(content: memoryview, header_length: bytes | None) -> Inferenc
     if not isinstance(header.get("inputs"), list) or not header["inputs"]:
         raise _bad("request.inputs", "inputs", "a list of tensors", "none")
     wanted = header.get("outputs", [])
-    if not isinstance(wanted, list) or not all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in wanted):
+    if not isinstance(wanted, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) for item in wanted
+    ):
         raise _bad("request.outputs", "outputs", "a list of named outputs", "something else")
     request_id = header.get("id", "")
     parameters = header.get("parameters", {})
     if not isinstance(request_id, str) or len(request_id) > 256 or not isinstance(parameters, dict):
         raise _bad("request.header", "id and parameters", "text and a map", "something else")
-    asked = [item.get("parameters", {}).get("binary_data") for item in wanted if isinstance(item.get("parameters", {}), dict)]
+    asked = [
+        item.get("parameters", {}).get("binary_data")
+        for item in wanted
+        if isinstance(item.get("parameters", {}), dict)
+    ]
     return InferenceRequest(
         inputs=_decode_tensors(header["inputs"], binary),
         outputs=tuple(item["name"] for item in wanted),
@@ -146,7 +153,9 @@ def _split(content: memoryview, header_length: bytes | None) -> tuple[dict[str, 
     length = len(content)
     if header_length is not None:
         if not header_length.isdigit() or len(header_length) > 12 or int(header_length) > length:
-            raise _bad("request.header-length", "inference header length", f"at most {length}", "more, or no number")
+            raise _bad(
+                "request.header-length", "inference header length", f"at most {length}", "more, or no number"
+            )
         length = int(header_length)
     if not 0 < length <= MAX_HEADER:
         raise _bad("request.header", "inference header", f"1 to {MAX_HEADER} B of JSON", f"{length} B")
@@ -154,7 +163,10 @@ def _split(content: memoryview, header_length: bytes | None) -> tuple[dict[str, 
         header = json.loads(bytes(content[:length]))
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
-            "the inference header is not JSON", code="request.header", claim="inference header", expected="JSON"
+            "the inference header is not JSON",
+            code="request.header",
+            claim="inference header",
+            expected="JSON",
         ) from error
     if not isinstance(header, dict):
         raise _bad("request.header", "inference header", "a JSON object", type(header).__name__)
@@ -174,7 +186,12 @@ def _decode_tensors(tensors: list[Any], binary: memoryview) -> dict[str, Array]:
             arrays[name] = _from_json(name, tensor.get("data"), dtype, shape)
             continue
         if size > len(binary) - offset:
-            raise _bad("request.binary-size", f"binary data of {name}", f"at most {len(binary) - offset} B", f"{size} B")
+            raise _bad(
+                "request.binary-size",
+                f"binary data of {name}",
+                f"at most {len(binary) - offset} B",
+                f"{size} B",
+            )
         arrays[name] = _from_binary(name, binary[offset : offset + size], dtype, shape)
         offset += size
     if offset != len(binary):
@@ -194,19 +211,23 @@ def _tensor_head(tensor: Any) -> tuple[str, np.dtype[Any], tuple[int, ...], int 
     parameters = tensor.get("parameters", {})
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None and (type(size) is not int or size < 0):
-        raise _bad("request.binary-size", f"binary data of {name}", "a whole number of bytes", "something else")
+        raise _bad(
+            "request.binary-size", f"binary data of {name}", "a whole number of bytes", "something else"
+        )
     return name, DTYPES[kind], tuple(shape or ()), size
 
 
 def _from_binary(name: str, data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     count = math.prod(shape)
-    if dtype == object:
+    if dtype.kind == "O":
         items = _split_bytes(name, data)
         if len(items) != count:
             raise _bad("request.shape", f"elements of {name}", count, len(items))
         return np.array([*items, None], dtype=object)[:-1].reshape(shape)
     if len(data) != count * dtype.itemsize:
-        raise _bad("request.binary-size", f"binary data of {name}", f"{count * dtype.itemsize} B", f"{len(data)} B")
+        raise _bad(
+            "request.binary-size", f"binary data of {name}", f"{count * dtype.itemsize} B", f"{len(data)} B"
+        )
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
@@ -223,7 +244,7 @@ def _split_bytes(name: str, data: memoryview) -> list[bytes]:
 
 def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     flat = _flatten(name, data, math.prod(shape))
-    if dtype == object:
+    if dtype.kind == "O":
         if not all(isinstance(item, str) for item in flat):
             raise _bad("request.data", f"data of {name}", "text", "something else")
         return np.array([*(item.encode() for item in flat), None], dtype=object)[:-1].reshape(shape)
@@ -241,15 +262,16 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...
 def _flatten(name: str, data: Any, count: int) -> list[Any]:
     if not isinstance(data, list):
         raise _bad("request.data", f"data of {name}", "a list", "none")
+    flat: list[Any] = data
     for _ in range(MAX_RANK):
-        if not any(isinstance(item, list) for item in data):
+        if not any(isinstance(item, list) for item in flat):
             break
-        if not all(isinstance(item, list) for item in data):
+        if not all(isinstance(item, list) for item in flat):
             raise _bad("request.shape", f"data of {name}", "nested evenly", "a mixture")
-        data = [item for part in data for item in part]
-    if len(data) != count or any(isinstance(item, list) for item in data):
-        raise _bad("request.shape", f"elements of {name}", count, len(data))
-    return data
+        flat = [item for part in flat for item in part]
+    if len(flat) != count or any(isinstance(item, list) for item in flat):
+        raise _bad("request.shape", f"elements of {name}", count, len(flat))
+    return flat
 
 
 def _binary_tensors(arrays: dict[str, Array]) -> tuple[list[dict[str, Any]], list[memoryview]]:
@@ -266,7 +288,7 @@ def _binary_tensors(arrays: dict[str, Array]) -> tuple[list[dict[str, Any]], lis
 
 def _little_endian(array: Array) -> memoryview:
     plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return memoryview(plain.reshape(-1).view(np.uint8)) if plain.size else memoryview(b"")
+    return plain.reshape(-1).view(np.uint8).data if plain.size else memoryview(b"")
 
 
 def _bytes_elements(array: Array) -> memoryview:

@@ -1,7 +1,7 @@
 """Entry of every enclave: ``python -m cloister.enclave ROLE RUN_DIR``.
 
-The role stands in the measured manifest; the folder holds what the host gives: the configuration (bound into the
-evidence), the link out and the place to listen.
+The role stands in the measured manifest; the folder holds what the host gives: the configuration (bound into
+the evidence), the link out and the place to listen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +32,9 @@ def main(arguments: list[str]) -> int:
     try:
         role, folder = _arguments(arguments)
         granted = harden()
-        logger.info("memory: %s", ", ".join(f"{name} {'yes' if yes else 'no'}" for name, yes in granted.items()))
+        logger.info(
+            "memory: %s", ", ".join(f"{name} {'yes' if yes else 'no'}" for name, yes in granted.items())
+        )
         configuration = EnclaveConfiguration.from_bytes((folder / "configuration").read_bytes())
         if configuration.role != role:
             raise UsageError(claim="configuration role", expected=role, actual=configuration.role)
@@ -67,7 +68,9 @@ async def _serve(configuration: EnclaveConfiguration, folder: Path) -> None:
 
 def _arguments(arguments: list[str]) -> tuple[str, Path]:
     if len(arguments) != 2 or arguments[0] not in ROLES:
-        raise UsageError(claim="arguments", expected=f"one of {', '.join(ROLES)}, and a folder", actual="others")
+        raise UsageError(
+            claim="arguments", expected=f"one of {', '.join(ROLES)}, and a folder", actual="others"
+        )
     return arguments[0], Path(arguments[1])
 
 

@@ -1,7 +1,7 @@
 """The enclave's one way out: a Unix socket that its launcher serves. The host answers whatever it likes.
 
-Nothing that comes through here is trusted: documents are verified, records and models are opened with keys that the
-host doesn't have, and every length is bounded before it is read.
+Nothing that comes through here is trusted: documents are verified, records and models are opened with keys
+that the host doesn't have, and every length is bounded before it is read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class HostLink:
         """The service document as the host has it, unverified."""
         answer = await self._request(b"GET", b"/.well-known/cloister")
         if len(answer.body) > MAX_DOCUMENT:
-            raise FormatError(claim="service document", expected=f"at most {MAX_DOCUMENT} B", actual=len(answer.body))
+            raise FormatError(
+                claim="service document", expected=f"at most {MAX_DOCUMENT} B", actual=len(answer.body)
+            )
         return bytes(answer.body)
 
     async def exchange(self, message: bytes | bytearray) -> Answer:
@@ -57,12 +59,19 @@ class HostLink:
         after = b""
         while True:
             target = f"/records/{table}?after={after.hex()}&limit={PAGE}"
-            page = decode((await self._request(b"GET", target.encode())).body, what="records", limit=_LIMITS.max_body)
+            page = decode(
+                (await self._request(b"GET", target.encode())).body, what="records", limit=_LIMITS.max_body
+            )
             if not isinstance(page, list) or len(page) > PAGE:
                 raise FormatError("the host answered with no page of records", code="store.format")
             for row in page:
                 key, version, value = _exact_list(row, 3)
-                if type(key) is not bytes or type(version) is not int or type(value) is not bytes or key <= after:
+                if (
+                    type(key) is not bytes
+                    or type(version) is not int
+                    or type(value) is not bytes
+                    or key <= after
+                ):
                     raise FormatError("the host answered with records out of order", code="store.format")
                 after = key
                 yield key, version, value
@@ -86,7 +95,9 @@ class HostLink:
         if not 0 < size <= MAX_SEALED_MODEL:
             raise FormatError(claim="sealed model size", expected=f"1 to {MAX_SEALED_MODEL} B", actual=size)
         received = 0
-        async with self._host.stream(f"/blobs/{digest.hex()}".encode(), max_length=MAX_SEALED_MODEL) as pieces:
+        async with self._host.stream(
+            f"/blobs/{digest.hex()}".encode(), max_length=MAX_SEALED_MODEL
+        ) as pieces:
             async for piece in pieces:
                 received += len(piece)
                 if received > size:

@@ -1,4 +1,4 @@
-"""What a process can do for its own secrets: no core dumps, no attaching, no swapping, where the machine lets it."""
+"""What a process can do for its own secrets where the machine lets it: no core dumps, no swapping."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """One server for every enclave: Oblivious HTTP in, routes inside (DESIGN, section 4).
 
-What the host sees of a request is one status and one ciphertext. Whatever goes wrong after a key was established is
-answered inside the encapsulation; before that, the outer answer says only that no key opened the request.
+What the host sees of a request is one status and one ciphertext. Whatever goes wrong after a key was
+established is answered inside the encapsulation; before that, the outer answer says only that no key opened
+the request.
 """
 
 from __future__ import annotations
@@ -78,9 +79,13 @@ class EnclaveServer:
         except CloisterError as error:
             return _outer(400, "about:blank", error.code)
         response = await self._answer(exchange, plaintext, arrived)
-        return Answer(status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True)))
+        return Answer(
+            status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True))
+        )
 
-    async def _answer(self, exchange: Decapsulation, plaintext: bytes | bytearray | memoryview, arrived: float) -> bhttp.Response:
+    async def _answer(
+        self, exchange: Decapsulation, plaintext: bytes | bytearray | memoryview, arrived: float
+    ) -> bhttp.Response:
         try:
             request = InnerRequest(
                 http=bhttp.Request.from_bytes(plaintext, max_content=MAX_INNER_REQUEST),
@@ -92,7 +97,7 @@ class EnclaveServer:
             return await self._handler(request)
         except CloisterError as error:
             return problem_response(error)
-        except Exception as error:  # noqa: BLE001 - nothing of an enclave's failure may leave it but that it failed
+        except Exception as error:
             log.error("a request failed inside the enclave: %s", type(error).__name__)
             return problem_response(CloisterError("the enclave failed on this request", code="internal"))
 
@@ -125,5 +130,3 @@ def route_not_found(request: InnerRequest) -> NotFound:
 def _outer(status: int, kind: str, code: str) -> Answer:
     body = json.dumps({"type": kind, "code": code}).encode()
     return Answer(status=status, content_type=problem.MEDIA_TYPE, body=body)
-
-

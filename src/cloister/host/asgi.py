@@ -66,7 +66,7 @@ class Guarded:
         except CloisterError as error:
             answer = problem_response(status_of(error), error.code)
         except Exception as error:
-            _logger.error("a route failed: %s", type(error).__name__)  # noqa: TRY400  (see above)
+            _logger.error("a route failed: %s", type(error).__name__)
             answer = problem_response(500, "internal")
         else:
             return

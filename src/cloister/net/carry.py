@@ -47,7 +47,9 @@ class Carrier:
     """A connection pool to one base URL, synchronous. Close it when done."""
 
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
-        self._http = httpx.Client(base_url=url, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False)
+        self._http = httpx.Client(
+            base_url=url, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False
+        )
 
     def run(self, flow: Flow[T]) -> T:
         """Drive a flow to its end; gives its result, or raises what it raises."""
@@ -74,7 +76,10 @@ class Carrier:
         """PUT a long body piece by piece; raises TransportError."""
         try:
             response = self._http.put(
-                target, content=pieces, headers={"content-length": str(size)}, timeout=httpx.Timeout(60.0, write=60.0)
+                target,
+                content=pieces,
+                headers={"content-length": str(size)},
+                timeout=httpx.Timeout(60.0, write=60.0),
             )
         except httpx.HTTPError as error:
             raise _lost(error) from error
@@ -120,7 +125,7 @@ class AsyncCarrier:
 
 
 def drive(flow: Flow[T], send: Callable[[Any], Answer], sleep: Callable[[float], None]) -> T:
-    """Drive a flow with a blocking ``send``. Where it raises TransportError, the flow decides what follows."""
+    """Drive a flow with a blocking ``send``; where that raises TransportError, the flow decides."""
     value, failure = None, None
     while True:
         try:
@@ -162,7 +167,9 @@ async def drive_async(
 
 
 def _answer(response: httpx.Response, body: bytes | bytearray) -> Answer:
-    return Answer(status=response.status_code, body=body, content_type=response.headers.get("content-type", "").encode())
+    return Answer(
+        status=response.status_code, body=body, content_type=response.headers.get("content-type", "").encode()
+    )
 
 
 def _require_size(length: int) -> None:

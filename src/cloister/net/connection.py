@@ -275,7 +275,7 @@ class Connection(asyncio.BufferedProtocol):
             raise
         except Exception as error:
             # Neither the peer nor the log learns more: a message or a traceback may hold data of a request.
-            _logger.error("a handler failed: %s", type(error).__name__)  # noqa: TRY400
+            _logger.error("a handler failed: %s", type(error).__name__)
             answer, keep = Answer(status=500), False
             head = http1.format_answer(answer, keep_alive=False)
         finally:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib.util
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 _T = TypeVar("_T")
+_M_TRIM_THRESHOLD: Final = -1  # mallopt(3)
+_M_MMAP_THRESHOLD: Final = -3
+_REUSED: Final = 32 << 20  # bytes; the largest threshold that glibc takes
+_KEPT: Final = 128 << 20  # bytes of free memory that the process may keep at the top of its heap
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -20,7 +25,21 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def reuse_memory() -> None:
+    """Let glibc keep freed buffers of up to 32 MiB for the next request, for the whole process.
+
+    By default each body of hundreds of kilobytes is mapped and unmapped again, and its page faults take
+    longer than its transport: through client, gateway and worker in one process, 600 KB took 1.7 ms with and 0.85 ms
+    without. Freed memory keeps its bytes until it is reused, so buffers of plaintext must be wiped.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _REUSED)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
 def run(main: Coroutine[Any, Any, _T]) -> _T:
-    """Run ``main`` to its end in a new loop, as `asyncio.run` does."""
+    """Run ``main`` to its end in a new loop, as `asyncio.run` does, in a process made for it."""
+    reuse_memory()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)

@@ -112,7 +112,9 @@ class Desk:
         path = directory / _KEY_FILE
         try:
             words = path.read_text(encoding="ascii").split()
-            seed = base64.b64decode(words[1], validate=True) if len(words) == 2 and words[0] == _LABEL else b""
+            seed = (
+                base64.b64decode(words[1], validate=True) if len(words) == 2 and words[0] == _LABEL else b""
+            )
         except OSError as error:
             raise UsageError(
                 "the owner's key can't be read",
@@ -125,7 +127,13 @@ class Desk:
         except ValueError:
             seed = b""
         if len(seed) != 32:
-            raise UsageError("the file is no owner key", code="owner.key", claim=str(path), expected=_LABEL, actual="another")
+            raise UsageError(
+                "the file is no owner key",
+                code="owner.key",
+                claim=str(path),
+                expected=_LABEL,
+                actual="another",
+            )
         return cls(directory, SigningKey(Secret(seed)))
 
     @property
@@ -153,7 +161,9 @@ class Desk:
                 hint=f"Seal it first: cloister owner seal {name} FILE.onnx",
             ) from error
         except FormatError as error:
-            raise UsageError(f"the desk's file of {name} is damaged", code="owner.model", claim=str(path)) from error
+            raise UsageError(
+                f"the desk's file of {name} is damaged", code="owner.model", claim=str(path)
+            ) from error
 
     def models(self) -> list[str]:
         """Names of the models on the desk."""
@@ -196,5 +206,3 @@ def write_private(path: Path, content: bytes, *, exclusive: bool = False) -> Non
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-

@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from cloister.core.protocol.statement import ServingOptions
@@ -35,7 +35,7 @@ class ModelPolicy:
 
     release: AppraisalPolicy
     key_service: AppraisalPolicy
-    options: ServingOptions = ServingOptions()
+    options: ServingOptions = field(default_factory=ServingOptions)
 
     @classmethod
     def from_toml(cls, text: str) -> ModelPolicy:
@@ -49,7 +49,7 @@ class ModelPolicy:
         serving = ServingOptions(**options)
         if serving.isolation != "shared" or serving.batching != "none":
             raise UsageError(
-                "this version serves models with isolation = \"shared\" and batching = \"none\" only",
+                'this version serves models with isolation = "shared" and batching = "none" only',
                 code="policy.options",
                 claim="options",
                 expected="shared, none",

@@ -1,4 +1,4 @@
-"""Publishing from the owner's desk: verify the service, upload ciphertext, sign the next statement, hand it over."""
+"""Publishing from the owner's desk: verify the service, upload ciphertext, sign and deliver a statement."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Final
 
 import httpx
 
-from cloister.core.encoding import decode, encode, unpack
+from cloister.core.encoding import decode, unpack
 from cloister.core.ohttp import hpke
 from cloister.core.ohttp.keyconfig import select
 from cloister.core.protocol.conversation import Conversation, Flow, Trust, ask_key_service
 from cloister.core.protocol.document import VerifiedDocument
-from cloister.core.protocol.exchange import Publication, Receipt
+from cloister.core.protocol.exchange import Publication, Receipt, StatementQuery
 from cloister.core.protocol.release import model_key_info
 from cloister.core.protocol.statement import SealedModel, SignedStatement, Statement
 from cloister.core.verifier.appraisal import AppraisalPolicy
@@ -69,7 +69,13 @@ class Publisher:
         return verified
 
     def publish(
-        self, name: str, policy: ModelPolicy, sealed_file: Path, *, pool: bytes | None = None, progress: Progress | None = None
+        self,
+        name: str,
+        policy: ModelPolicy,
+        sealed_file: Path,
+        *,
+        pool: bytes | None = None,
+        progress: Progress | None = None,
     ) -> Statement:
         """Upload a sealed model and publish its next statement with this policy.
 
@@ -133,7 +139,10 @@ class Publisher:
         current = model.current()
         if current is None or model.pool is None:
             raise UsageError(
-                "the model was not published yet", code="owner.unpublished", claim=name, hint="Run: cloister owner publish"
+                "the model was not published yet",
+                code="owner.unpublished",
+                claim=name,
+                hint="Run: cloister owner publish",
             )
         statement = self._next(
             model,
@@ -176,7 +185,9 @@ class Publisher:
                 info=model_key_info(self._conversation.trust.service),
                 aad=statement.digest,
             )
-        publication = Publication(statement=signed, sealed_key=sealed_key, key_id=configuration.key_id, pool=pool)
+        publication = Publication(
+            statement=signed, sealed_key=sealed_key, key_id=configuration.key_id, pool=pool
+        )
         try:
             content = yield from ask_key_service(verified, b"/statements", publication.to_bytes())
         except Rollback as error:
@@ -189,11 +200,18 @@ class Publisher:
     def _explain(self, verified: VerifiedDocument, model: DeskModel, error: Rollback) -> Flow[None]:
         """Tell a lost receipt (the service is ahead of the desk) from a store that was put back."""
         name = self._desk.model_id(model.name)
-        content = yield from ask_key_service(verified, b"/statements/current", encode(name))
+        query = StatementQuery.sign(
+            self._desk.key, service=self._conversation.trust.service, model=name, time=self._now()
+        )
+        content = yield from ask_key_service(verified, b"/statements/current", query.to_bytes())
         fields = unpack(decode(content, what="statement"), "current statement", pool=bytes, statement=dict)
         signed = SignedStatement.from_data(fields["statement"])
         theirs, ours = signed.open(), model.current()
-        if theirs.model == name and signed.owner_key == self._desk.key.public and (ours is None or theirs.version > ours.version):
+        if (
+            theirs.model == name
+            and signed.owner_key == self._desk.key.public
+            and (ours is None or theirs.version > ours.version)
+        ):
             self._desk.keep(replace(model, statement=signed, pool=fields["pool"]))
             raise UsageError(
                 "the service had taken a statement whose receipt was lost; the desk has it now",
@@ -218,7 +236,9 @@ class Publisher:
 
     def _upload(self, sealed: SealedModel, path: Path, progress: Progress | None) -> None:
         try:
-            answer = self._carrier.upload(f"/blobs/{sealed.blob.hex()}", _pieces(path, sealed.size, progress), sealed.size)
+            answer = self._carrier.upload(
+                f"/blobs/{sealed.blob.hex()}", _pieces(path, sealed.size, progress), sealed.size
+            )
         except OSError as error:
             raise UsageError(
                 "the sealed file can't be read", code="owner.file", claim=str(path), actual=error.strerror

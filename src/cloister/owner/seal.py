@@ -17,7 +17,9 @@ from cloister.owner.model import load_model
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def seal_model(desk: Desk, name: str, source: Path, target: Path, *, progress: Progress | None = None) -> DeskModel:
+def seal_model(
+    desk: Desk, name: str, source: Path, target: Path, *, progress: Progress | None = None
+) -> DeskModel:
     """Seal an ONNX file under a fresh model key and keep key and digests on the desk.
 
     Args:
@@ -33,7 +35,9 @@ def seal_model(desk: Desk, name: str, source: Path, target: Path, *, progress: P
     model = desk.model_id(name)
     split = load_model(source)
     key = Secret(os.urandom(32))
-    sealing = seal([Section.of("graph", split.graph), Section.of("weights", split.weights)], model_id=model, key=key)
+    sealing = seal(
+        [Section.of("graph", split.graph), Section.of("weights", split.weights)], model_id=model, key=key
+    )
     size, done, digest = sealing.header.container_size, 0, hashlib.sha256()
     fresh = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -117,7 +117,9 @@ class Attestation:
         )
         pairs = [fields["freshness"], *fields["keys"]]
         if len(pairs) > MAX_KEYS + 1 or not all(_is_pair(pair) for pair in pairs):
-            raise FormatError("the attestation's keys or freshness are not pairs of a name and bytes", claim="keys")
+            raise FormatError(
+                "the attestation's keys or freshness are not pairs of a name and bytes", claim="keys"
+            )
         return cls(
             evidence=Evidence.from_data(fields["evidence"]),
             configuration=fields["configuration"],
@@ -198,15 +200,23 @@ def verify_attestation(
         steps=(
             *verified.steps,
             *appraised.steps,
-            Step(name="configuration", outcome="ok", detail=f"digest {binding.configuration.hex()[:16]}, same anchor"),
-            Step(name="binding", outcome="ok", detail=f"REPORTDATA binds {purpose}, {role}, {len(binding.keys)} keys"),
+            Step(
+                name="configuration",
+                outcome="ok",
+                detail=f"digest {binding.configuration.hex()[:16]}, same anchor",
+            ),
+            Step(
+                name="binding",
+                outcome="ok",
+                detail=f"REPORTDATA binds {purpose}, {role}, {len(binding.keys)} keys",
+            ),
         ),
     )
 
 
 def _require(claim: str, expected: object, actual: object) -> None:
     if expected != actual:
-        code = "binding." + claim.split(" ")[0]
+        code = "binding." + claim.split(" ", maxsplit=1)[0]
         raise BindingRefused(code=code, claim=claim, expected=_text(expected), actual=_text(actual))
 
 

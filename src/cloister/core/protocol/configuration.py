@@ -58,7 +58,9 @@ class EnclaveConfiguration:
             raise UsageError(claim="configuration role", expected=ROLES, actual=self.role)
         worker = self.role == "worker"
         if worker != (self.service is not None and self.pool is not None and self.key_service is not None):
-            raise UsageError("a worker, and only a worker, names its service, pool and key service", claim="configuration")
+            raise UsageError(
+                "a worker, and only a worker, names its service, pool and key service", claim="configuration"
+            )
         object.__setattr__(self, "settings", _complete(self.settings))
 
     @property
@@ -112,7 +114,9 @@ class EnclaveConfiguration:
             anchor_root=data["anchor_root"],
             service=data["service"],
             pool=None if data["pool"] is None else Pool.from_data(data["pool"]),
-            key_service=None if data["key_service"] is None else AppraisalPolicy.from_data(data["key_service"]),
+            key_service=None
+            if data["key_service"] is None
+            else AppraisalPolicy.from_data(data["key_service"]),
             settings=data["settings"],
         )
 
@@ -152,18 +156,25 @@ def require_digest(raw: bytes, attested: bytes) -> None:
     actual = hashlib.sha256(raw).digest()
     if actual != attested:
         raise BindingRefused(
-            code="binding.configuration", claim="configuration digest", expected=attested.hex(), actual=actual.hex()
+            code="binding.configuration",
+            claim="configuration digest",
+            expected=attested.hex(),
+            actual=actual.hex(),
         )
 
 
 def _complete(settings: dict[str, Any]) -> dict[str, int]:
     unknown = settings.keys() - SETTINGS.keys()
     if unknown:
-        raise UsageError("unknown setting", claim="settings", expected=sorted(SETTINGS), actual=sorted(unknown))
+        raise UsageError(
+            "unknown setting", claim="settings", expected=sorted(SETTINGS), actual=sorted(unknown)
+        )
     complete = {}
     for name, (default, smallest, largest) in SETTINGS.items():
         number = settings.get(name, default)
         if type(number) is not int or not smallest <= number <= largest:
-            raise UsageError(claim=f"setting {name}", expected=f"a whole number, {smallest} to {largest}", actual=number)
+            raise UsageError(
+                claim=f"setting {name}", expected=f"a whole number, {smallest} to {largest}", actual=number
+            )
         complete[name] = number
     return complete

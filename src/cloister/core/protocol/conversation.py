@@ -1,7 +1,8 @@
-"""A relying party's conversation with a service, without any I/O: generators that say what to send and take what came.
+"""A relying party's conversation with a service, without I/O: generators that say what to send.
 
-Each step yields an `Outgoing` and is sent the answer (status, body), or has a `TransportError` thrown in. So owners
-and users, synchronous and asynchronous programs, and tests that play the host run the very same protocol.
+Each step yields an `Outgoing` and is sent the answer (status, body), or has a `TransportError` thrown in. So
+owners and users, synchronous and asynchronous programs, and tests that play the host run the very same
+protocol.
 """
 
 from __future__ import annotations
@@ -103,11 +104,13 @@ class Conversation:
     def current(self) -> VerifiedDocument:
         """The document; raises NotFound before the first `refresh`."""
         if self.verified is None:
-            raise NotFound("no service document was verified yet", code="not-found.document", claim="service document")
+            raise NotFound(
+                "no service document was verified yet", code="not-found.document", claim="service document"
+            )
         return self.verified
 
     def refresh(self, now: int) -> Flow[VerifiedDocument]:
-        """Fetch the document, verify it in full, and have the service prove that it is alive and only went on.
+        """Fetch the document, verify it in full, have the service prove that it lives and only went on.
 
         Raises:
             Rollback: the document or the log is older than one seen before.
@@ -124,7 +127,9 @@ class Conversation:
         self._require_newer(verified, possession)
         self.head, self.verified, self.possession = possession.head, verified, possession
         self.verifications += 1
-        seen = f"{before.size} to {possession.head.size}" if before else f"{possession.head.size}, first visit"
+        seen = (
+            f"{before.size} to {possession.head.size}" if before else f"{possession.head.size}, first visit"
+        )
         self.steps = (
             *verified.steps,
             Step(name="possession", outcome="ok", detail=f"signed our nonce, one of {possession.size}"),
@@ -167,7 +172,9 @@ def ask_key_service(verified: VerifiedDocument, path: bytes, content: bytes) -> 
         TransportError: what went wrong outside.
     """
     configuration, suite = select(verified.document.keys)
-    inner = bhttp.Request(method=b"POST", path=path, fields=((b"content-type", b"application/cbor"),), content=content)
+    inner = bhttp.Request(
+        method=b"POST", path=path, fields=((b"content-type", b"application/cbor"),), content=content
+    )
     response = yield from exchange(configuration, suite, KEY_SERVICE, inner)
     return memoryview(response.content)
 
@@ -181,7 +188,10 @@ def exchange(
 
 
 def finish_exchange(
-    sealer: encapsulation.Encapsulation, pool: bytes, inner: bhttp.Request, hints: tuple[tuple[bytes, bytes], ...] = ()
+    sealer: encapsulation.Encapsulation,
+    pool: bytes,
+    inner: bhttp.Request,
+    hints: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Flow[bhttp.Response]:
     """The same, where the encapsulated key had to be known before the content was."""
     answer = yield Outgoing(
@@ -199,12 +209,16 @@ def finish_exchange(
 
 
 def _outer_error(answer: Incoming) -> CloisterError:
-    """What an outer status means. It is the host's word: it changes no trust, and leads to no weaker suite."""
+    """What an outer status means. The host's word: it changes no trust, and leads to no weaker suite."""
     body = bytes(answer.body[:2048])
     if answer.status == 400 and _KEY_PROBLEM in body:
-        return StaleKey("no key opened the request", code="transport.key", claim="outer status", actual=answer.status)
+        return StaleKey(
+            "no key opened the request", code="transport.key", claim="outer status", actual=answer.status
+        )
     if answer.status == 413:
-        return FormatError("the request is too large for this service", code="request.size", claim="outer status", actual=413)
+        return FormatError(
+            "the request is too large for this service", code="request.size", claim="outer status", actual=413
+        )
     if answer.status == 429:
         return Overloaded(code="overloaded.host", claim="outer status", expected=200, actual=429)
     return TransportError(

@@ -112,10 +112,19 @@ class PoolEntry:
     def from_data(cls, data: Any) -> PoolEntry:
         """Read what `to_data` gave; raises FormatError or UsageError."""
         fields = unpack(
-            data, "pool entry", epoch=int, keys=list, models=list, not_after=int, owner=(bytes, type(None)), pool=dict
+            data,
+            "pool entry",
+            epoch=int,
+            keys=list,
+            models=list,
+            not_after=int,
+            owner=(bytes, type(None)),
+            pool=dict,
         )
         if len(fields["models"]) > MAX_MODELS:
-            raise FormatError(claim="models in a pool", expected=f"at most {MAX_MODELS}", actual=len(fields["models"]))
+            raise FormatError(
+                claim="models in a pool", expected=f"at most {MAX_MODELS}", actual=len(fields["models"])
+            )
         return cls(
             pool=Pool.from_data(fields["pool"]),
             owner=fields["owner"],
@@ -159,7 +168,9 @@ class ServiceDocument:
         for entry in self.pools:
             if entry.pool.id == pool_id:
                 return entry
-        raise NotFound(code="not-found.pool", claim="pool", expected=pool_id.hex(), actual=f"{len(self.pools)} others")
+        raise NotFound(
+            code="not-found.pool", claim="pool", expected=pool_id.hex(), actual=f"{len(self.pools)} others"
+        )
 
     def pools_of(self, model: str) -> list[PoolEntry]:
         """The pools that serve a model."""
@@ -321,7 +332,9 @@ def verify_document(raw: bytes, *, policy: AppraisalPolicy, service: bytes, now:
     )
 
 
-def attested_keys(configurations: tuple[KeyConfiguration, ...], signing_key: bytes) -> tuple[tuple[str, bytes], ...]:
+def attested_keys(
+    configurations: tuple[KeyConfiguration, ...], signing_key: bytes
+) -> tuple[tuple[str, bytes], ...]:
     """The (algorithm, public key) pairs that REPORTDATA binds for these keys."""
     pairs = [(KEM_NAMES[config.kem_id], config.public_key) for config in configurations]
     return (*pairs, (SIGNING_ALGORITHM, signing_key))
@@ -371,5 +384,8 @@ def _require_time(document: ServiceDocument, now: int) -> None:
     for entry in document.pools:
         if entry.not_after - now > MAX_EPOCH + CLOCK_SKEW:
             raise EvidenceRefused(
-                code="document.epoch", claim="epoch's end", expected=f"within {MAX_EPOCH} s", actual=entry.not_after - now
+                code="document.epoch",
+                claim="epoch's end",
+                expected=f"within {MAX_EPOCH} s",
+                actual=entry.not_after - now,
             )

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloister.core.encoding import decode, encode, unpack
-from cloister.core.identity import CONTEXT, SIGNATURE_SIZE, SigningKey, verify_signature
+from cloister.core.identity import CONTEXT, SIGNATURE_SIZE, SigningKey, thumbprint, verify_signature
 from cloister.core.merkle import HASH_SIZE, MerkleTree, verify_inclusion
 from cloister.core.protocol.head import TreeHead, hashes_from_data
+from cloister.core.protocol.limits import MAX_REQUEST_LIFETIME
 from cloister.core.protocol.release import CHALLENGE_SIZE
-from cloister.core.protocol.statement import SignedStatement
-from cloister.errors import FormatError
+from cloister.core.protocol.statement import SignedStatement, owner_of
+from cloister.errors import AccessRefused, FormatError
 
 NONCE_SIZE: Final = 32  # bytes
 POSSESSION_PURPOSE: Final = "possession"
+QUERY_PURPOSE: Final = "statement query"
 MAX_BATCH: Final = 4096  # nonces under one signature
 _MAX_SMALL: Final = 8 << 10  # bytes
 
@@ -35,7 +37,9 @@ class HeadRequest:
         """Read what `to_bytes` gave; raises FormatError."""
         data = decode(raw, what="head request", limit=_MAX_SMALL)
         fields = unpack(data, "head request", head=(dict, type(None)), nonce=NONCE_SIZE)
-        return cls(nonce=fields["nonce"], head=None if fields["head"] is None else TreeHead.from_data(fields["head"]))
+        return cls(
+            nonce=fields["nonce"], head=None if fields["head"] is None else TreeHead.from_data(fields["head"])
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +161,8 @@ class Publication:
 
     Attributes:
         statement: Signed.
-        sealed_key: The model's key, HPKE-sealed to the service with the statement digest as AAD; None where the
+        sealed_key: The model's key, HPKE-sealed to the service with the statement digest as AAD; None where
+        the
             sealed model stays the same.
         key_id: Which of the service's key configurations it is sealed to.
         pool: The pool that shall serve the model (id, 32 bytes).
@@ -194,6 +199,63 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatementQuery:
+    """An owner's question for the newest statement of a model; nobody else may read who is granted what.
+
+    Attributes:
+        model: Model id.
+        time: When it was signed, Unix seconds.
+        owner_key: The owner's public key (32 bytes).
+        signature: Over service, model and time (64 bytes).
+    """
+
+    model: str
+    time: int
+    owner_key: bytes
+    signature: bytes
+
+    @classmethod
+    def sign(cls, key: SigningKey, *, service: bytes, model: str, time: int) -> StatementQuery:
+        """Ask one service."""
+        signature = key.sign(QUERY_PURPOSE, [service, model, time])
+        return cls(model=model, time=time, owner_key=key.public, signature=signature)
+
+    def verify(self, *, service: bytes, now: int) -> None:
+        """Check who asks, and when.
+
+        Raises:
+            Tampered: not signed by the key that it names.
+            AccessRefused: not by the model's owner, or too long ago.
+        """
+        if thumbprint(self.owner_key) != owner_of(self.model):
+            raise AccessRefused(
+                code="access.owner",
+                claim="owner",
+                expected=owner_of(self.model).hex(),
+                actual=thumbprint(self.owner_key).hex(),
+            )
+        verify_signature(self.owner_key, QUERY_PURPOSE, [service, self.model, self.time], self.signature)
+        if abs(now - self.time) > MAX_REQUEST_LIFETIME:
+            raise AccessRefused(
+                code="access.query", claim="time of the query", expected=now, actual=self.time
+            )
+
+    def to_bytes(self) -> bytes:
+        """The content of the inner request."""
+        return encode(
+            {"model": self.model, "owner_key": self.owner_key, "signature": self.signature, "time": self.time}
+        )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | memoryview) -> StatementQuery:
+        """Read what `to_bytes` gave; raises FormatError."""
+        data = decode(raw, what="statement query", limit=_MAX_SMALL)
+        return cls(
+            **unpack(data, "statement query", model=str, owner_key=32, signature=SIGNATURE_SIZE, time=int)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """The service's word that an entry is in its log: the index, and a head that covers it."""
 
@@ -209,5 +271,3 @@ class Receipt:
         """Read what `to_bytes` gave; raises FormatError."""
         fields = unpack(decode(raw, what="receipt", limit=_MAX_SMALL), "receipt", head=dict, index=int)
         return cls(index=fields["index"], head=TreeHead.from_data(fields["head"]))
-
-

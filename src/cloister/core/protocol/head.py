@@ -37,7 +37,9 @@ class TreeHead:
     def sign(cls, key: SigningKey, *, size: int, root: bytes, time: int) -> TreeHead:
         """Sign a head; the service id is the key's thumbprint."""
         signature = key.sign(PURPOSE, [key.thumbprint, size, root, time])
-        return cls(service=key.thumbprint, size=size, root=root, time=time, key=key.public, signature=signature)
+        return cls(
+            service=key.thumbprint, size=size, root=root, time=time, key=key.public, signature=signature
+        )
 
     def verify(self, service: bytes) -> None:
         """Check that this service signed it.
@@ -48,7 +50,10 @@ class TreeHead:
         """
         if self.service != service or thumbprint(self.key) != service:
             raise BindingRefused(
-                code="binding.service", claim="tree head's service", expected=service.hex(), actual=self.service.hex()
+                code="binding.service",
+                claim="tree head's service",
+                expected=service.hex(),
+                actual=self.service.hex(),
             )
         verify_signature(self.key, PURPOSE, [self.service, self.size, self.root, self.time], self.signature)
 
@@ -76,7 +81,14 @@ class TreeHead:
     def from_data(cls, data: Any) -> TreeHead:
         """Read what `to_data` gave; raises FormatError."""
         fields = unpack(
-            data, "tree head", key=32, root=HASH_SIZE, service=32, signature=SIGNATURE_SIZE, size=int, time=int
+            data,
+            "tree head",
+            key=32,
+            root=HASH_SIZE,
+            service=32,
+            signature=SIGNATURE_SIZE,
+            size=int,
+            time=int,
         )
         if not 0 <= fields["size"] < 1 << 53:
             raise FormatError(claim="tree size", expected="0 or more", actual=fields["size"])

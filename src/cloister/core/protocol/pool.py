@@ -15,7 +15,7 @@ from cloister.core.protocol.limits import MAX_NAME
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import UsageError
 
-NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,%d}" % (MAX_NAME - 1))
+NAME: Final = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{MAX_NAME - 1}}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,9 @@ class Pool:
     def from_data(cls, data: Any) -> Pool:
         """Read what `to_data` gave; raises FormatError or UsageError."""
         fields = unpack(data, "pool", name=str, policy=dict, shared=bool)
-        return cls(name=fields["name"], policy=AppraisalPolicy.from_data(fields["policy"]), shared=fields["shared"])
+        return cls(
+            name=fields["name"], policy=AppraisalPolicy.from_data(fields["policy"]), shared=fields["shared"]
+        )
 
 
 def require_name(name: str, what: str) -> None:
@@ -59,5 +61,7 @@ def require_name(name: str, what: str) -> None:
     """
     if not NAME.fullmatch(name):
         raise UsageError(
-            claim=what, expected=f"1 to {MAX_NAME} of a-z 0-9 . _ -, starting with a letter or digit", actual=name[:160]
+            claim=what,
+            expected=f"1 to {MAX_NAME} of a-z 0-9 . _ -, starting with a letter or digit",
+            actual=name[:160],
         )

@@ -55,4 +55,6 @@ def from_bytes(raw: bytes | memoryview) -> CloisterError:
 
 
 def _kind(error: CloisterError) -> str:
-    return next((cls.__name__ for cls in type(error).__mro__ if cls.__name__ in errors.__all__), "CloisterError")
+    return next(
+        (cls.__name__ for cls in type(error).__mro__ if cls.__name__ in errors.__all__), "CloisterError"
+    )

@@ -1,4 +1,4 @@
-"""Key release (DESIGN, 4.2): the messages between a worker and the key service, and what the release binds."""
+"""Key release (DESIGN, 4.2): the messages between worker and key service, and what binds them."""
 
 from __future__ import annotations
 
@@ -222,7 +222,9 @@ class Release:
             service_key=32,
         )
         if len(fields["models"]) > MAX_MODELS:
-            raise FormatError(claim="released models", expected=f"at most {MAX_MODELS}", actual=len(fields["models"]))
+            raise FormatError(
+                claim="released models", expected=f"at most {MAX_MODELS}", actual=len(fields["models"])
+            )
         return cls(
             pool_keys=tuple(PoolKey.from_data(item) for item in fields["pool_keys"]),
             models=tuple(ReleasedModel.from_data(item) for item in fields["models"]),
@@ -234,7 +236,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedRelease:
-    """A release, HPKE-sealed to the attested KEM key; the statement digests let the worker compute ``info``."""
+    """A release, sealed to the attested KEM key; from the digests the worker computes ``info``."""
 
     statements: tuple[bytes, ...]
     sealed: bytes
@@ -270,5 +272,5 @@ def release_info(request: ReleaseRequest, *, pool: bytes, statements: tuple[byte
 
 
 def model_key_info(service: bytes) -> bytes:
-    """HPKE ``info`` under which an owner seals a model's key to the service; the statement digest is the AAD."""
+    """HPKE ``info`` under which an owner seals a model's key; the statement digest is the AAD."""
     return digest([CONTEXT, "model key", service])

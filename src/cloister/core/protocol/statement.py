@@ -41,7 +41,7 @@ def owner_of(model: str) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedModel:
-    """Where a sealed model is and what it must be: digests (32 bytes each) of its header and of its ciphertext."""
+    """What a sealed model must be: digests (32 bytes each) of its header and of its ciphertext."""
 
     header: bytes
     blob: bytes
@@ -56,7 +56,9 @@ class SealedModel:
         """Read what `to_data` gave; raises FormatError."""
         fields = unpack(data, "sealed model", blob=32, header=32, size=int)
         if not 0 < fields["size"] <= MAX_SEALED_MODEL:
-            raise FormatError(claim="sealed model size", expected=f"1 to {MAX_SEALED_MODEL} B", actual=fields["size"])
+            raise FormatError(
+                claim="sealed model size", expected=f"1 to {MAX_SEALED_MODEL} B", actual=fields["size"]
+            )
         return cls(**fields)
 
 
@@ -147,7 +149,9 @@ class Statement:
                 hint="Ask the owner to grant it to your user id at this owner",
             )
         if expiry <= now:
-            raise AccessRefused(code="access.expired", claim="grant expiry", expected=f"after {now}", actual=expiry)
+            raise AccessRefused(
+                code="access.expired", claim="grant expiry", expected=f"after {now}", actual=expiry
+            )
 
     def to_bytes(self) -> bytes:
         """The signed text."""
@@ -186,7 +190,9 @@ class Statement:
         grants = fields["grants"]
         if len(grants) > MAX_GRANTS:
             raise FormatError(claim="grants", expected=f"at most {MAX_GRANTS}", actual=len(grants))
-        if not all(type(user) is bytes and len(user) == 32 and type(at) is int for user, at in grants.items()):
+        if not all(
+            type(user) is bytes and len(user) == 32 and type(at) is int for user, at in grants.items()
+        ):
             raise FormatError("a grant is not a user id and an expiry", claim="grants")
         if not 1 <= fields["version"] < 1 << 53:
             raise FormatError(claim="statement version", expected="at least 1", actual=fields["version"])

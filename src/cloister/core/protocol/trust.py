@@ -1,4 +1,4 @@
-"""A user's trust policy: one TOML file that says which service, which enclaves, and what the user consents to.
+"""A user's trust policy: a TOML file that says which service, which enclaves, and what is allowed.
 
 ::
 
@@ -21,7 +21,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from cloister.core.protocol.conversation import Trust
@@ -55,7 +55,7 @@ class UserPolicy:
     service: bytes
     key_service: AppraisalPolicy
     worker: AppraisalPolicy
-    consent: Consent = Consent()
+    consent: Consent = field(default_factory=Consent)
 
     @property
     def trust(self) -> Trust:
@@ -92,7 +92,9 @@ class UserPolicy:
 
     def to_toml(self) -> str:
         """The form that `from_toml` reads."""
-        consent = "".join(f"{field.name} = {str(getattr(self.consent, field.name)).lower()}\n" for field in fields(Consent))
+        consent = "".join(
+            f"{field.name} = {str(getattr(self.consent, field.name)).lower()}\n" for field in fields(Consent)
+        )
         return (
             f'service = "{self.service.hex()}"\n\n[key_service]\n{self.key_service.to_toml()}'
             f"\n[worker]\n{self.worker.to_toml()}\n[consent]\n{consent}"
@@ -143,6 +145,9 @@ def _consent(table: dict[str, Any]) -> Consent:
     for name, value in table.items():
         if name not in known or type(value) is not bool:
             raise UsageError(
-                code="policy.consent", claim=f"consent {name}"[:80], expected=f"true or false, of {sorted(known)}", actual=value
+                code="policy.consent",
+                claim=f"consent {name}"[:80],
+                expected=f"true or false, of {sorted(known)}",
+                actual=value,
             )
     return Consent(**table)

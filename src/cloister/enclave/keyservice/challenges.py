@@ -1,4 +1,4 @@
-"""Challenges that cost no memory until they are used: a nonce, an expiry and a MAC; used once (DESIGN, 4.2)."""
+"""Challenges that cost no memory until used: nonce, expiry, MAC; each is good once (DESIGN, 4.2)."""
 
 from __future__ import annotations
 
@@ -36,15 +36,23 @@ class Challenges:
         head, mac = challenge[:24], challenge[24:]
         if not hmac.compare_digest(mac, self._mac(head)):
             raise BindingRefused(
-                code="binding.challenge", claim="challenge", expected="one of this service's", actual="another"
+                code="binding.challenge",
+                claim="challenge",
+                expected="one of this service's",
+                actual="another",
             )
         expiry = int.from_bytes(head[16:])
         if expiry < now:
             raise BindingRefused(
-                code="binding.challenge-expired", claim="challenge expiry", expected=f"at least {now}", actual=expiry
+                code="binding.challenge-expired",
+                claim="challenge expiry",
+                expected=f"at least {now}",
+                actual=expiry,
             )
         if challenge in self._spent:
-            raise Replayed(code="replayed.challenge", claim="challenge", expected="unused", actual="used before")
+            raise Replayed(
+                code="replayed.challenge", claim="challenge", expected="unused", actual="used before"
+            )
 
     def spend(self, challenge: bytes, now: int) -> None:
         """Take a challenge back; raises as `require` does, and Overloaded where too many are outstanding."""
@@ -52,7 +60,9 @@ class Challenges:
         while self._spent and next(iter(self._spent.values())) < now:
             self._spent.popitem(last=False)
         if len(self._spent) >= MAX_SPENT:
-            raise Overloaded(claim="releases in a minute", expected=f"at most {MAX_SPENT}", actual=len(self._spent))
+            raise Overloaded(
+                claim="releases in a minute", expected=f"at most {MAX_SPENT}", actual=len(self._spent)
+            )
         self._spent[challenge] = int.from_bytes(challenge[16:24])
 
     def _mac(self, head: bytes) -> bytes:

@@ -8,7 +8,13 @@ from typing import Final
 from cloister.core.ohttp.kem import PrivateKey
 from cloister.core.protocol.attestation import Attestation, Binding
 from cloister.core.protocol.configuration import EnclaveConfiguration
-from cloister.core.protocol.document import PoolEntry, ServedModel, ServiceDocument, SignedDocument, attested_keys
+from cloister.core.protocol.document import (
+    PoolEntry,
+    ServedModel,
+    ServiceDocument,
+    SignedDocument,
+    attested_keys,
+)
 from cloister.core.verifier import verify
 from cloister.core.verifier.result import VerifiedEvidence
 from cloister.enclave.attester import Attester
@@ -64,7 +70,7 @@ class DocumentMaker:
 
     def sign(self) -> None:
         """Sign a document over the state as it is now."""
-        assert self._attestation is not None  # noqa: S101 - rotate() comes first, in start()
+        assert self._attestation is not None
         now, epoch = self._log.clock.now(), self.epochs.current
         self._not_after = min(now + self._seconds, epoch.not_after, self.own_evidence.not_after)
         document = ServiceDocument(
@@ -100,7 +106,9 @@ class DocumentMaker:
         for key, private_key in self.private_keys():
             if key == key_id:
                 return private_key
-        raise BindingRefused(code="ohttp.key", claim="key id", expected="a live key of this service", actual=key_id)
+        raise BindingRefused(
+            code="ohttp.key", claim="key id", expected="a live key of this service", actual=key_id
+        )
 
     def private_keys(self) -> list[tuple[int, PrivateKey]]:
         """(key id, private key) of every live key of the key service itself."""

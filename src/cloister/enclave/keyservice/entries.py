@@ -1,7 +1,7 @@
 """Entries of the key service's log: the whole of its state is the log, replayed in order.
 
-An entry's public part is a leaf of the Merkle tree; its secret part (a model's key) is sealed beside it and enters the
-tree only as a commitment, so that proofs can be shown to anybody.
+An entry's public part is a leaf of the Merkle tree; its secret part (a model's key) is sealed beside it and
+enters the tree only as a commitment, so that proofs can be shown to anybody.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ class Entry:
     @property
     def leaf(self) -> bytes:
         """The bytes that enter the Merkle tree."""
-        commitment = None if self.secret is None else hashlib.sha256(b"cloister/v1 secret" + self.secret.reveal()).digest()
+        commitment = (
+            None
+            if self.secret is None
+            else hashlib.sha256(b"cloister/v1 secret" + self.secret.reveal()).digest()
+        )
         return encode({"body": self.body, "commitment": commitment, "kind": self.kind, "time": self.time})
 
     def to_bytes(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Keys that live for an epoch, in enclave memory alone: each pool's, and the key service's own (DESIGN, 4.10)."""
+"""Keys that live for an epoch, in enclave memory alone: pools' and the service's (DESIGN, 4.10)."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """The durable log: sealed records in the host's store, a Merkle tree and the state they amount to in memory.
 
 The host orders nothing: records stand at consecutive indices, each sealed under its index, so it can neither
-reorder, swap nor drop one in the middle. It can cut the end off while the service is down; the head that somebody
-saw before then proves it (DESIGN, 4.8).
+reorder, swap nor drop one in the middle. It can cut the end off while the service is down; the head that
+somebody saw before then proves it (DESIGN, 4.8).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from typing import Final
+from typing import Any, Final
 
 from cloister.core.encoding import decode, encode, unpack
 from cloister.core.identity import SigningKey
@@ -32,7 +32,9 @@ _NO_SERVICE: Final = bytes(32)  # the identity record is sealed before a service
 class Log:
     """Owner of the service's identity and of its log. One writer at a time, by its own lock."""
 
-    def __init__(self, *, link: HostLink, identity: SigningKey, state_key: Secret, clock: HintedClock) -> None:
+    def __init__(
+        self, *, link: HostLink, identity: SigningKey, state_key: Secret, clock: HintedClock
+    ) -> None:
         self.identity: Final = identity
         self.state: Final = State()
         self.tree: Final = MerkleTree()
@@ -101,10 +103,10 @@ class Log:
         return tuple(self.tree.consistency_proof(older.size))
 
     def contradicts(self, head: TreeHead) -> bool:
-        """Whether a head that this service signed is one that the log does not extend: the store was put back."""
+        """Whether the log does not extend a head that this service signed: the store was put back."""
         return head.size > len(self.tree) or self.tree.root(head.size) != head.root
 
-    async def append(self, kind: Kind, body: dict[str, object], secret: Secret | None = None) -> int:
+    async def append(self, kind: Kind, body: dict[str, Any], secret: Secret | None = None) -> int:
         """Make an entry durable, then let it take effect; returns its index.
 
         Raises:

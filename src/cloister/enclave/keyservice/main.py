@@ -36,11 +36,14 @@ async def serve(
     gets = {
         b"/.well-known/cloister": lambda: Answer(content_type=CBOR, body=service.documents.raw),
         b"/healthz": lambda: Answer(
-            content_type=b"application/json", body=json.dumps({"ready": True, "service": log.service.hex()}).encode()
+            content_type=b"application/json",
+            body=json.dumps({"ready": True, "service": log.service.hex()}).encode(),
         ),
     }
     front = await serve_front(server.handle, unix=socket, gets=gets, limits=LIMITS)
-    logger.info("key service %s: epoch %d, %d log entries", log.service.hex()[:16], log.state.epoch, len(log.tree))
+    logger.info(
+        "key service %s: epoch %d, %d log entries", log.service.hex()[:16], log.state.epoch, len(log.tree)
+    )
     try:
         while not await _stopped(stop, TICK):
             try:

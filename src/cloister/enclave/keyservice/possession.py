@@ -15,7 +15,7 @@ WINDOW: Final = 0.002  # seconds that a batch waits for company
 
 
 class PossessionDesk:
-    """Collects nonces for a moment, signs once, hands each its path. Owns no task: the loop's timer drives it.
+    """Collects nonces for a moment, signs once, hands each its path. Driven by the loop's timer.
 
     Args:
         log: Signs, and proves consistency with older heads.
@@ -30,7 +30,9 @@ class PossessionDesk:
     async def prove(self, request: HeadRequest) -> Possession:
         """The proof for one client; raises Overloaded where a batch is full."""
         if len(self._waiting) >= MAX_BATCH:
-            raise Overloaded(claim="proofs in a batch", expected=f"at most {MAX_BATCH}", actual=len(self._waiting))
+            raise Overloaded(
+                claim="proofs in a batch", expected=f"at most {MAX_BATCH}", actual=len(self._waiting)
+            )
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Possession] = loop.create_future()
         self._waiting.append((request, answer))

@@ -7,12 +7,11 @@ from typing import Final
 
 from cloister.core.encoding import decode, encode
 from cloister.core.ohttp import bhttp
-from cloister.core.protocol.exchange import HeadRequest, Publication
+from cloister.core.protocol.exchange import HeadRequest, Publication, StatementQuery
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import ReleaseRequest
 from cloister.enclave.keyservice.service import KeyService
 from cloister.enclave.server import InnerRequest, cbor_response, route_not_found
-from cloister.errors import FormatError
 
 _Route = Callable[[KeyService, memoryview], Awaitable[bytes]]
 
@@ -52,10 +51,7 @@ async def _create_pool(service: KeyService, content: memoryview) -> bytes:
 
 
 async def _current_statement(service: KeyService, content: memoryview) -> bytes:
-    model = decode(content, what="model id", limit=512)
-    if type(model) is not str:
-        raise FormatError(claim="model id", expected="text", actual=type(model).__name__)
-    found = service.statement_of(model)
+    found = service.statement_of(StatementQuery.from_bytes(content))
     return encode({"pool": found.pool, "statement": found.signed.to_data()})
 
 

@@ -1,4 +1,4 @@
-"""The key service: appends before it acts, releases to whom policy and owner admit, signs the service document."""
+"""The key service: appends before it acts, releases to whom pool and owner admit, signs documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from cloister.core.ohttp import hpke
 from cloister.core.protocol.attestation import Attested, verify_attestation
 from cloister.core.protocol.configuration import EnclaveConfiguration
 from cloister.core.protocol.document import KEM_NAMES, SIGNING_ALGORITHM
-from cloister.core.protocol.exchange import Challenge, HeadRequest, Possession, Publication, Receipt
+from cloister.core.protocol.exchange import (
+    Challenge,
+    HeadRequest,
+    Possession,
+    Publication,
+    Receipt,
+    StatementQuery,
+)
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.limits import MAX_MODELS, MAX_POOLS
 from cloister.core.protocol.pool import Pool
@@ -116,7 +123,9 @@ class KeyService:
             if pool.id in self.log.state.pools:
                 return self._receipt(len(self.log.tree) - 1)
             if len(self.log.state.pools) >= MAX_POOLS:
-                raise Overloaded(claim="pools", expected=f"at most {MAX_POOLS}", actual=len(self.log.state.pools))
+                raise Overloaded(
+                    claim="pools", expected=f"at most {MAX_POOLS}", actual=len(self.log.state.pools)
+                )
             index = await self.log.append("pool", {"pool": pool.to_data()})
             self.documents.sign()
             return self._receipt(index)
@@ -137,7 +146,11 @@ class KeyService:
         async with self._publishing:
             state = self.log.state
             current = state.models.get(statement.model)
-            if current is not None and current.digest == statement.digest and current.pool == publication.pool:
+            if (
+                current is not None
+                and current.digest == statement.digest
+                and current.pool == publication.pool
+            ):
                 return self._receipt(len(self.log.tree) - 1)
             state.require_next(statement)
             self._require_room(statement, publication.pool)
@@ -180,11 +193,14 @@ class KeyService:
         sealed = hpke.seal_to(suite, public_key, release.to_bytes(), info=info)
         return SealedRelease(statements=digests, sealed=sealed)
 
-    def statement_of(self, model: str) -> ModelState:
-        """The newest statement of a model (public: whoever asks may read what an owner signed); raises NotFound."""
-        found = self.log.state.models.get(model)
+    def statement_of(self, query: StatementQuery) -> ModelState:
+        """The newest statement of a model, for its owner alone; raises AccessRefused or NotFound."""
+        query.verify(service=self.log.service, now=self.log.clock.now())
+        found = self.log.state.models.get(query.model)
         if found is None:
-            raise NotFound(code="not-found.model", claim="model", expected="a published one", actual=model[:200])
+            raise NotFound(
+                code="not-found.model", claim="model", expected="a published one", actual=query.model[-80:]
+            )
         return found
 
     def _require_current(self, head: TreeHead | None) -> None:
@@ -211,7 +227,9 @@ class KeyService:
         if len(models) >= MAX_MODELS and all(model.statement.model != statement.model for model in models):
             raise Overloaded(claim="models in the pool", expected=f"at most {MAX_MODELS}", actual=len(models))
 
-    def _model_key(self, publication: Publication, statement: Statement, current: ModelState | None) -> Secret | None:
+    def _model_key(
+        self, publication: Publication, statement: Statement, current: ModelState | None
+    ) -> Secret | None:
         if publication.sealed_key is None:
             if current is None or current.statement.sealed_model.header != statement.sealed_model.header:
                 raise InvalidRequest(
@@ -237,7 +255,9 @@ class KeyService:
 
     async def _appraise(self, request: ReleaseRequest, pool: Pool, now: int) -> Attested:
         if self._appraising >= MAX_APPRAISALS:
-            raise Overloaded(claim="waiting releases", expected=f"at most {MAX_APPRAISALS}", actual=self._appraising)
+            raise Overloaded(
+                claim="waiting releases", expected=f"at most {MAX_APPRAISALS}", actual=self._appraising
+            )
         self._appraising += 1
         try:
             async with self._appraisals:  # one at a time, off the event loop: requests of others go on
@@ -255,7 +275,11 @@ class KeyService:
         finally:
             self._appraising -= 1
         configured = attested.configuration.pool
-        if configured is None or configured.id != pool.id or attested.configuration.service != self.log.service:
+        if (
+            configured is None
+            or configured.id != pool.id
+            or attested.configuration.service != self.log.service
+        ):
             raise BindingRefused(
                 code="binding.configuration",
                 claim="worker configuration",
@@ -341,5 +365,3 @@ def _kem_key(attested: Attested) -> tuple[int, bytes]:
         if KEM_NAMES[suite.kem_id] in bound:
             return suite.kem_id, attested.binding.key(KEM_NAMES[suite.kem_id])
     raise InvalidRequest("the worker attested no KEM key", code="request.kem", claim="attested keys")
-
-

@@ -65,13 +65,16 @@ class State:
         """A pool by its id; raises NotFound."""
         pool = self.pools.get(pool_id)
         if pool is None:
-            raise NotFound(code="not-found.pool", claim="pool", expected="a pool of this service", actual=pool_id.hex())
+            raise NotFound(
+                code="not-found.pool", claim="pool", expected="a pool of this service", actual=pool_id.hex()
+            )
         return pool
 
     def models_of(self, pool_id: bytes) -> list[ModelState]:
         """The models that a pool serves, by name."""
         return sorted(
-            (model for model in self.models.values() if model.pool == pool_id), key=lambda item: item.statement.model
+            (model for model in self.models.values() if model.pool == pool_id),
+            key=lambda item: item.statement.model,
         )
 
     def require_next(self, statement: Statement) -> None:
@@ -127,5 +130,8 @@ def require_service(statement: Statement, service: bytes) -> None:
     """Refuse a statement that was signed for another service; raises BindingRefused."""
     if statement.service != service:
         raise BindingRefused(
-            code="binding.service", claim="statement's service", expected=service.hex(), actual=statement.service.hex()
+            code="binding.service",
+            claim="statement's service",
+            expected=service.hex(),
+            actual=statement.service.hex(),
         )

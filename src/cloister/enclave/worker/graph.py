@@ -1,8 +1,9 @@
 """What a graph refers to, read from its protocol buffer without loading it.
 
-ONNX lets a graph name files for its weights and operators of any domain. Inside an enclave a file name would be a
-path of the enclave's own machine, so the only name allowed is that of the sealed model's own weights (DESIGN, 4.10).
-Source: onnx.proto3 (field numbers below); the wire format is https://protobuf.dev/programming-guides/encoding/.
+ONNX lets a graph name files for its weights and operators of any domain. Inside an enclave a file name would
+be a path of the enclave's own machine, so the only name allowed is that of the sealed model's own weights
+(DESIGN, 4.10). Source: onnx.proto3 (field numbers below); the wire format is
+https://protobuf.dev/programming-guides/encoding/.
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ class Worker:
     def health(self) -> Answer:
         """What the host may know: whether requests can be served, and the code of what is in the way."""
         ready = self.membership.active
-        body = json.dumps({"ready": ready, "pool": self.membership.pool_id.hex(), "problem": self.problem}).encode()
+        body = json.dumps(
+            {"ready": ready, "pool": self.membership.pool_id.hex(), "problem": self.problem}
+        ).encode()
         return Answer(status=200 if ready else 503, content_type=b"application/json", body=body)
 
 

@@ -1,4 +1,4 @@
-"""A worker's side of key release (DESIGN, 4.2): the five steps, the lease, and what it may serve meanwhile."""
+"""A worker's side of key release (DESIGN, 4.2): the steps, the lease, what it may serve meanwhile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from cloister.core.identity import SigningKey
 from cloister.core.ohttp import bhttp, encapsulation, hpke
 from cloister.core.ohttp.kem import PrivateKey, generate_private_key
 from cloister.core.ohttp.keyconfig import KeyConfiguration, select
@@ -28,11 +29,10 @@ from cloister.core.protocol.release import (
 )
 from cloister.core.protocol.statement import Statement
 from cloister.core.secret import Secret
-from cloister.core.identity import SigningKey
 from cloister.enclave.attester import Attester
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.link import HostLink
-from cloister.errors import BindingRefused, CloisterError, LeaseExpired, Rollback, TransportError, UsageError
+from cloister.errors import BindingRefused, LeaseExpired, Rollback, TransportError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +223,10 @@ class Membership:
         before = self.models.get(statement.model)
         if statement.digest != digest or statement.service != self.service:
             raise BindingRefused(
-                code="binding.statement", claim="statement", expected=digest.hex(), actual=statement.digest.hex()
+                code="binding.statement",
+                claim="statement",
+                expected=digest.hex(),
+                actual=statement.digest.hex(),
             )
         if before is not None and statement.version < before.statement.version:
             raise Rollback(
@@ -240,10 +243,11 @@ def _live_key(pool_key: PoolKey) -> tuple[int, LiveKey]:
     private_key = PrivateKey.from_bytes(configuration.kem_id, pool_key.private_key.reveal())
     if private_key.public_bytes != configuration.public_key:
         raise BindingRefused(
-            code="binding.pool-key", claim="pool key", expected="the key of its configuration", actual="another"
+            code="binding.pool-key",
+            claim="pool key",
+            expected="the key of its configuration",
+            actual="another",
         )
     return configuration.key_id, LiveKey(
         epoch=pool_key.epoch, not_after=pool_key.not_after, private_key=private_key
     )
-
-

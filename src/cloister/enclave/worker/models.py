@@ -1,4 +1,4 @@
-"""Models in enclave memory: opened from their sealed form, one session each, least recently used out first."""
+"""Models in enclave memory: opened as they arrive, one session each, least recently used out first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from cloister.enclave.link import HostLink
 from cloister.enclave.worker.graph import WEIGHTS, require_safe
 from cloister.enclave.worker.membership import LiveModel
 from cloister.errors import BindingRefused, FormatError, InvalidRequest, Overloaded, Tampered
-
 
 # ONNX Runtime's names of tensor types, as the Open Inference Protocol has them.
 _DATATYPES: Final = {
@@ -64,7 +63,10 @@ class TensorSpec:
         wanted = DTYPES.get(self.datatype)
         if wanted is None or array.dtype != wanted:
             raise InvalidRequest(
-                code="request.datatype", claim=f"datatype of {self.name}", expected=self.datatype, actual=array.dtype
+                code="request.datatype",
+                claim=f"datatype of {self.name}",
+                expected=self.datatype,
+                actual=array.dtype,
             )
         fits = len(array.shape) == len(self.shape) and all(
             want in (-1, have) for want, have in zip(self.shape, array.shape, strict=True)
@@ -75,9 +77,13 @@ class TensorSpec:
             )
         if self.datatype == "BYTES":
             try:
-                return np.vectorize(lambda item: item.decode(), otypes=[object])(array) if array.size else array
+                return (
+                    np.vectorize(lambda item: item.decode(), otypes=[object])(array) if array.size else array
+                )
             except UnicodeDecodeError as error:
-                raise InvalidRequest(code="request.data", claim=f"data of {self.name}", expected="UTF-8") from error
+                raise InvalidRequest(
+                    code="request.data", claim=f"data of {self.name}", expected="UTF-8"
+                ) from error
         return array
 
 
@@ -107,9 +113,12 @@ class LoadedModel:
         names = list(outputs) or [spec.name for spec in self.outputs]
         try:
             results = self.session.run(names, inputs)
-        except Exception:  # noqa: BLE001 - its message may quote the input, so nothing of it is kept
+        except Exception:
             raise InvalidRequest(
-                "the model fails on this input", code="request.execution", claim="execution", expected="outputs"
+                "the model fails on this input",
+                code="request.execution",
+                claim="execution",
+                expected="outputs",
             ) from None
         return dict(zip(names, results, strict=True))
 
@@ -207,7 +216,9 @@ class ModelCache:
             if slot.model is not None and not slot.model.users:
                 del self._slots[header]
         if self.held + size > self._budget:
-            raise Overloaded("every model in memory is in use", code="overloaded.memory", claim="memory budget")
+            raise Overloaded(
+                "every model in memory is in use", code="overloaded.memory", claim="memory budget"
+            )
 
     async def _open(self, live: LiveModel, sealed: SealedModel) -> dict[str, memoryview]:
         """Open the sealed model as it arrives; nothing of it is used before its last chunk verified."""
@@ -218,12 +229,17 @@ class ModelCache:
                 unsealer.feed(piece)
                 continue
             start += piece
-            if len(start) < PREFIX_SIZE or len(start) < header_size(start):
+            if len(start) < PREFIX_SIZE:
                 continue
-            unsealer = self._begin(live, sealed, bytes(start[: header_size(start)]))
-            unsealer.feed(memoryview(start)[header_size(start) :])
+            length = header_size(bytes(start[:PREFIX_SIZE]))
+            if len(start) < length:
+                continue
+            unsealer = self._begin(live, sealed, bytes(start[:length]))
+            unsealer.feed(memoryview(start)[length:])
         if unsealer is None:
-            raise Tampered("the sealed model ends in its header", code="sealing.truncated", claim="sealed model")
+            raise Tampered(
+                "the sealed model ends in its header", code="sealing.truncated", claim="sealed model"
+            )
         return unsealer.finish()
 
     def _begin(self, live: LiveModel, sealed: SealedModel, raw: bytes) -> Unsealer:
@@ -249,16 +265,19 @@ def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    buffer = bytes(weights)  # ONNX Runtime reads it while it makes the session, and must find it alive until then
+    buffer = bytes(
+        weights
+    )  # ONNX Runtime reads it while it makes the session, and must find it alive until then
     try:
         if buffer:
             options.add_external_initializers_from_files_in_memory([WEIGHTS], [buffer], [len(buffer)])
         session = ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
-    except Exception:  # noqa: BLE001 - its message may quote the graph, so nothing of it is kept
+    except Exception:
         raise InvalidRequest(
-            "ONNX Runtime does not load the model", code="model.load", claim="model", expected="a loadable graph"
+            "ONNX Runtime does not load the model",
+            code="model.load",
+            claim="model",
+            expected="a loadable graph",
         ) from None
     del buffer
     return session
-
-

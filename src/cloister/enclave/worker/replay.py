@@ -49,6 +49,8 @@ class ReplayGuard:
                 hint="Send it again as a new request",
             )
         if len(self._expiries) >= self._capacity:
-            raise Overloaded(claim="requests in memory", expected=f"at most {self._capacity}", actual=len(self._expiries))
+            raise Overloaded(
+                claim="requests in memory", expected=f"at most {self._capacity}", actual=len(self._expiries)
+            )
         self._seen.update((enc, named))
         heapq.heappush(self._expiries, (expiry, enc, named))

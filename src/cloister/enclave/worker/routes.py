@@ -91,7 +91,10 @@ class WorkerRoutes:
             raise route_not_found(request)
         if self._inside >= self._queue:  # step 1
             raise Overloaded(
-                "the worker's queue is full", claim="queue", expected=f"at most {self._queue}", actual=self._inside
+                "the worker's queue is full",
+                claim="queue",
+                expected=f"at most {self._queue}",
+                actual=self._inside,
             )
         self._inside += 1
         try:
@@ -121,7 +124,9 @@ class WorkerRoutes:
         now = self._clock.now()
         key = membership.keys.get(request.key_id)
         if key is None or key.not_after <= now:
-            raise BindingRefused(code="binding.epoch", claim="epoch", expected="a live one", actual="one that ended")
+            raise BindingRefused(
+                code="binding.epoch", claim="epoch", expected="a live one", actual="one that ended"
+            )
         context = RequestContext(
             service=membership.service, pool=membership.pool_id, epoch=key.epoch, model=model, enc=request.enc
         )
@@ -138,7 +143,7 @@ class WorkerRoutes:
         return live
 
     async def _current(self, model: str, accepted: bytes) -> LiveModel:
-        """The model under the statement that the user accepted; asks the key service once where they differ."""
+        """The model under the statement that the user accepted; asks the key service where they differ."""
         live = self._membership.models.get(model)
         if live is None or live.digest != accepted:
             await self._refresh()
@@ -162,7 +167,9 @@ class WorkerRoutes:
             )
         return live
 
-    async def _infer(self, request: InnerRequest, model: str, loaded: LoadedModel, *, fresh: bool) -> bhttp.Response:
+    async def _infer(
+        self, request: InnerRequest, model: str, loaded: LoadedModel, *, fresh: bool
+    ) -> bhttp.Response:
         http = request.http
         inference = oip.decode_request(memoryview(http.content), http.field(oip.HEADER_LENGTH))
         inputs = _checked(inference, loaded)  # step 5
@@ -239,7 +246,9 @@ def _deadline(request: InnerRequest) -> float:
     if field is None:
         return float("inf")
     if not field.isdigit() or len(field) > 9:
-        raise InvalidRequest(code="request.deadline", claim="deadline", expected="milliseconds", actual="no number")
+        raise InvalidRequest(
+            code="request.deadline", claim="deadline", expected="milliseconds", actual="no number"
+        )
     return request.arrived + int(field) / 1e3
 
 
@@ -258,5 +267,3 @@ def _metadata(model: str, loaded: LoadedModel) -> dict[str, Any]:
 
 def _json(value: dict[str, Any]) -> bhttp.Response:
     return bhttp.Response(status=200, fields=((b"content-type", JSON),), content=json.dumps(value).encode())
-
-

@@ -111,7 +111,8 @@ def admin_app(*, registry: Registry, clock: Callable[[], float]) -> Starlette:
 
 
 def _app(routes: list[Route]) -> Starlette:
-    return Starlette(routes=routes, exception_handlers={HTTPException: http_problem, CloisterError: _refusal})
+    handlers = {HTTPException: http_problem, CloisterError: _refusal, Exception: _refusal}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
