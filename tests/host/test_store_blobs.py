@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator, Iterator
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from starlette.applications import Starlette
-from starlette.testclient import TestClient
 
 from cloister.core.encoding import decode, encode
 from cloister.errors import FormatError, NotFound, Tampered, Unavailable, UsageError
@@ -125,18 +127,37 @@ def test_write_read_and_count(blobs: BlobStore, tmp_path: Path) -> None:
 # --- over HTTP ---
 
 
+class Client:
+    """Calls an app in this process."""
+
+    def __init__(self, app: Starlette) -> None:
+        self.app = app
+
+    def request(self, method: str, url: str, **options: Any) -> httpx.Response:
+        async def main() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://store") as client:
+                return await client.request(method, url, **options)
+
+        return asyncio.run(main())
+
+    get = partialmethod(request, "GET")
+    head = partialmethod(request, "HEAD")
+    put = partialmethod(request, "PUT")
+    post = partialmethod(request, "POST")
+
+
 @pytest.fixture
-def client(blobs: BlobStore, tmp_path: Path) -> Iterator[TestClient]:
+def client(blobs: BlobStore, tmp_path: Path) -> Iterator[Client]:
     records = SqliteRecords.open(tmp_path / "records")
-    with TestClient(Starlette(routes=store_routes(blobs, records))) as made:
-        yield made
+    yield Client(Starlette(routes=store_routes(blobs, records)))
     records.close()
 
 
 URL = f"/blobs/{DIGEST.hex()}"
 
 
-def test_http_blob(client: TestClient) -> None:
+def test_http_blob(client: Client) -> None:
     assert client.get(URL).status_code == 404
     assert client.put(URL, content=DATA).status_code == 201
     assert client.get(URL).content == DATA
@@ -146,24 +167,24 @@ def test_http_blob(client: TestClient) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "start", "end"),
-    [("bytes=0-0", 0, 1), ("bytes=10-19", 10, 20), ("bytes=99990-", 99_990, 100_000), ("bytes=-7", 99_993, 100_000),
-     ("bytes=99999-200000", 99_999, 100_000)],
+    [("bytes=0-0", 0, 1), ("bytes=10-19", 10, 20), ("bytes=99990-", 99_990, 100_000),
+     ("bytes=-7", 99_993, 100_000), ("bytes=99999-200000", 99_999, 100_000)],
 )  # fmt: skip
-def test_http_range(client: TestClient, asked: str, start: int, end: int) -> None:
+def test_http_range(client: Client, asked: str, start: int, end: int) -> None:
     client.put(URL, content=DATA)
     found = client.get(URL, headers={"range": asked})
     assert (found.status_code, found.content) == (206, DATA[start:end])
     assert found.headers["content-range"] == f"bytes {start}-{end - 1}/100000"
 
 
-def test_http_range_outside(client: TestClient) -> None:
+def test_http_range_outside(client: Client) -> None:
     client.put(URL, content=DATA)
     found = client.get(URL, headers={"range": "bytes=100000-"})
     assert (found.status_code, found.headers["content-range"]) == (416, "bytes */100000")
     assert client.get(URL, headers={"range": "bytes=0-1,5-6"}).content == DATA
 
 
-def test_http_refusals(client: TestClient, blobs: BlobStore) -> None:
+def test_http_refusals(client: Client, blobs: BlobStore) -> None:
     wrong = client.put(URL, content=DATA + b"x")
     assert (wrong.status_code, wrong.json()["code"]) == (422, "blob.digest")
     assert wrong.headers["content-type"] == "application/problem+json"
@@ -173,7 +194,7 @@ def test_http_refusals(client: TestClient, blobs: BlobStore) -> None:
     assert files(blobs) == []
 
 
-def test_http_records(client: TestClient) -> None:
+def test_http_records(client: Client) -> None:
     batch = [["t", b"a", 0, b"1"], ["t", b"b", 0, b"2"]]
     assert client.post("/records", content=encode(batch)).status_code == 204
     again = client.post("/records", content=encode(batch))
@@ -192,11 +213,11 @@ def test_http_records(client: TestClient) -> None:
      encode([["t", "a", 0, b""]]), encode([["t", b"a", -1, b""]]), encode([["T", b"a", 0, b""]]),
      encode([["t", b"a", 0, "text"]]), encode([["t", b"a", 0, b"", 1]]), encode([]) + b"\0"],
 )  # fmt: skip
-def test_http_refused_batch(client: TestClient, raw: bytes) -> None:
+def test_http_refused_batch(client: Client, raw: bytes) -> None:
     assert client.post("/records", content=raw).status_code == 400
     assert decode(client.get("/records/t").content, what="x") == []
 
 
 @pytest.mark.parametrize("query", ["after=zz", "after=6", "limit=0", "limit=-1", "limit=x", "limit=99999"])
-def test_http_refused_scan(client: TestClient, query: str) -> None:
+def test_http_refused_scan(client: Client, query: str) -> None:
     assert client.get(f"/records/t?{query}").status_code == 400

@@ -26,6 +26,7 @@ from cloister.net.messages import Limits
 
 _PR_SET_PDEATHSIG: Final = 1
 _FORWARD_TIMEOUT: Final = 30.0  # seconds
+BASE_MEMORY: Final = 1 << 30  # bytes that an enclave needs beside its models
 MAX_BLOBS: Final = 256 << 30  # bytes
 
 Data = Annotated[Path, typer.Option("--data", help="Data directory of the service.")]
@@ -131,7 +132,7 @@ def _run_enclave(
             link_app(routes, forward=_forward(public), fetch_document=_fetch(public)),
             _registration(admin, name, pool),
             configuration=configuration.to_bytes(),
-            memory_limit=None,
+            memory_limit=(configuration.settings["memory_mib"] << 20) + BASE_MEMORY,
             source=source,
         )
         async with AsyncExitStack() as stack:

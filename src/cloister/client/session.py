@@ -140,6 +140,7 @@ class Session:
         )
         for entry in document.pools_of(model):
             try:
+                _require_owner(entry, model)
                 self._approve(entry)
             except CloisterError as error:
                 refusal = error
@@ -194,6 +195,18 @@ class Session:
             if isinstance(failure, StaleKey) or not self.conversation.fresh(self.now()):
                 raise
             return self.conversation.current()
+
+
+def _require_owner(entry: PoolEntry, model: str) -> None:
+    """Refuse a pool that isn't shared and yet serves another owner's models; raises AccessRefused."""
+    if not entry.pool.shared and entry.owner != owner_of(model):
+        raise AccessRefused(
+            "the pool belongs to another owner than the model",
+            code="access.pool",
+            claim="pool owner",
+            expected=owner_of(model).hex(),
+            actual=entry.owner.hex() if entry.owner else "none",
+        )
 
 
 def model_path(model: str, action: str = "") -> bytes:

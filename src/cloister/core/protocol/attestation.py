@@ -203,7 +203,7 @@ def verify_attestation(
             Step(
                 name="configuration",
                 outcome="ok",
-                detail=f"digest {binding.configuration.hex()[:16]}, same anchor",
+                detail=_described(configuration),
             ),
             Step(
                 name="binding",
@@ -212,6 +212,14 @@ def verify_attestation(
             ),
         ),
     )
+
+
+def _described(configuration: EnclaveConfiguration) -> str:
+    """What a person wants to know of an attested configuration."""
+    anchor = "simulated" if configuration.simulated else "vendors'"
+    settings = configuration.settings
+    lease, epoch = settings["lease_seconds"], settings["epoch_seconds"]
+    return f"attested; {anchor} anchor, as in the policy; leases of {lease} s, epochs of {epoch} s"
 
 
 def _require(claim: str, expected: object, actual: object) -> None:

@@ -54,7 +54,7 @@ from cloister.errors import (
 
 logger: Final = logging.getLogger(__name__)
 MAX_APPRAISALS: Final = 32  # release requests that wait for appraisal at once
-REFUSALS_PER_MINUTE: Final = 60  # that enter the log; the rest are counted in the next that does
+REFUSALS_PER_MINUTE: Final = 6  # that enter the log; the rest are counted in the next that does
 
 
 class KeyService:
@@ -141,26 +141,11 @@ class KeyService:
             InvalidRequest: a new sealed model without a key.
         """
         self._require_current(None)
-        statement = publication.statement.open()
-        require_service(statement, self.log.service)
-        async with self._publishing:
-            state = self.log.state
-            current = state.models.get(statement.model)
-            if (
-                current is not None
-                and current.digest == statement.digest
-                and current.pool == publication.pool
-            ):
-                return self._receipt(len(self.log.tree) - 1)
-            state.require_next(statement)
-            self._require_room(statement, publication.pool)
-            appraise(self.documents.own_evidence, statement.key_service, now=self.log.clock.now())
-            state.require_pool(statement, publication.pool)
-            key = self._model_key(publication, statement, current)
-            body = {"pool": publication.pool, "statement": publication.statement.to_data()}
-            index = await self.log.append("statement", body, key)
-            self.documents.sign()
-            return self._receipt(index)
+        try:
+            return await self._publish(publication)
+        except Refused as error:
+            await self._log_refusal("statement", publication.pool, error)
+            raise
 
     async def release(self, request: ReleaseRequest) -> SealedRelease:
         """Steps 4 of a release (DESIGN, 4.2): appraise, log, seal.
@@ -181,7 +166,7 @@ class KeyService:
         try:
             attested = await self._appraise(request, pool, now)
         except Refused as error:
-            await self._log_refusal(pool_id, error)
+            await self._log_refusal("release", pool_id, error)
             raise
         models = self._admitted(attested, pool_id, now)
         digests = tuple(model.digest for model in models)
@@ -202,6 +187,28 @@ class KeyService:
                 code="not-found.model", claim="model", expected="a published one", actual=query.model[-80:]
             )
         return found
+
+    async def _publish(self, publication: Publication) -> Receipt:
+        statement = publication.statement.open()
+        require_service(statement, self.log.service)
+        async with self._publishing:
+            state = self.log.state
+            current = state.models.get(statement.model)
+            if (
+                current is not None
+                and current.digest == statement.digest
+                and current.pool == publication.pool
+            ):
+                return self._receipt(len(self.log.tree) - 1)
+            state.require_next(statement)
+            self._require_room(statement, publication.pool)
+            appraise(self.documents.own_evidence, statement.key_service, now=self.log.clock.now())
+            state.require_pool(statement, publication.pool)
+            key = self._model_key(publication, statement, current)
+            body = {"pool": publication.pool, "statement": publication.statement.to_data()}
+            index = await self.log.append("statement", body, key)
+            self.documents.sign()
+            return self._receipt(index)
 
     def _require_current(self, head: TreeHead | None) -> None:
         """Stop serving for good once somebody shows a head of ours that our log does not extend."""
@@ -343,7 +350,7 @@ class KeyService:
             self._released.pop(next(iter(self._released)))
         self._released[request.incarnation] = what
 
-    async def _log_refusal(self, pool_id: bytes, error: CloisterError) -> None:
+    async def _log_refusal(self, what: str, pool_id: bytes, error: CloisterError) -> None:
         minute, logged, suppressed = self._refusals
         now = self.log.clock.now() // 60
         if now != minute:
@@ -352,7 +359,9 @@ class KeyService:
             self._refusals = (minute, logged, suppressed + 1)
             return
         self._refusals = (minute, logged + 1, 0)
-        await self.log.append("refusal", {"code": error.code, "pool": pool_id, "suppressed": suppressed})
+        await self.log.append(
+            "refusal", {"code": error.code, "pool": pool_id, "suppressed": suppressed, "what": what}
+        )
 
     def _receipt(self, index: int) -> Receipt:
         return Receipt(index=index, head=self.log.head())

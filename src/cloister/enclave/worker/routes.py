@@ -2,9 +2,10 @@
 
 An inference, numbered as the body cites it:
 
-1. admission: bounded, and the lease holds;
+1. admission: bounded;
 2. authorization: a signature over this service, pool, epoch, model and encapsulation, not seen before;
-3. consent: the statement that the user accepted is the current one, and it grants the model to this user;
+3. consent: the statement that the user accepted is the current one, it grants the model to this user, and the
+   worker's lease holds;
 4. the model, opened and built where it isn't in memory;
 5. the tensors, checked against the model's inputs;
 6. execution, off the event loop;
@@ -110,7 +111,8 @@ class WorkerRoutes:
 
     async def _authorize(self, request: InnerRequest, model: str) -> LiveModel:
         membership = self._membership
-        membership.spend()
+        if not membership.active:
+            await self._refresh()
         field = request.http.field(FIELD)
         if field is None:
             raise AccessRefused(
@@ -140,6 +142,7 @@ class WorkerRoutes:
         )
         live = await self._current(model, authorization.statement)  # step 3
         live.statement.require_grant(authorization.user, now)
+        membership.spend()
         return live
 
     async def _current(self, model: str, accepted: bytes) -> LiveModel:
