@@ -10,17 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
+import httpx
 import typer
 
 from cloister.cli.output import console, print_json, table, write_text
 from cloister.cli.site import Site, reference_policy
-from cloister.core.encoding import encode
 from cloister.core.identity import thumbprint
 from cloister.core.protocol.conversation import Conversation, Flow, Outgoing, Trust, ask_key_service
 from cloister.core.protocol.document import SignedDocument
-from cloister.core.protocol.exchange import Receipt
+from cloister.core.protocol.exchange import PoolCreation, Receipt
 from cloister.core.protocol.pool import Pool
-from cloister.core.protocol.trust import UserPolicy
+from cloister.core.protocol.trust import UserPolicy, hex_digest
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import TransportError, Unavailable, UsageError
 from cloister.net.carry import Carrier
@@ -117,6 +117,10 @@ def up(
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the gateway; 0 picks one.")] = 8440,
     pool: Annotated[str, typer.Option(help="Name of the pool.")] = "default",
+    owner: Annotated[
+        str | None,
+        typer.Option(help="Owner (thumbprint) of the pool; by default the first to publish."),
+    ] = None,
     lease_seconds: Annotated[int, typer.Option(help="Longest a worker serves without the key service.")] = 30,
     document_seconds: Annotated[int, typer.Option(help="Validity of a service document.")] = 600,
     epoch_seconds: Annotated[int, typer.Option(help="Life of a pool's keys.")] = 3600,
@@ -151,6 +155,7 @@ def up(
                 host=host,
                 port=port,
                 pool=pool,
+                owner=None if owner is None else hex_digest(owner, "owner"),
                 settings=settings,
                 capture=capture,
                 say=status.update,
@@ -169,6 +174,7 @@ def bring_up(
     host: str = "127.0.0.1",
     port: int = 0,
     pool: str = "default",
+    owner: bytes | None = None,
     capture: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, str]:
@@ -203,7 +209,8 @@ def bring_up(
         service.wait("key-service", lambda: _document(carrier) is not None, "the key service")
         service_id = _service_id(carrier, known)
         site.write_facts(service=service_id.hex(), pool=definition.id.hex())
-        _create_pool(carrier, Trust(service=service_id, key_service=key_service), definition)
+        creation = PoolCreation(pool=definition, owner=owner)
+        create_pool(site, carrier, Trust(service=service_id, key_service=key_service), creation)
         site.write_pool(definition)
         for number in range(1, workers + 1):
             say(f"starting worker enclave {number} of {workers}")
@@ -217,15 +224,19 @@ def bring_up(
     return {"url": url, "service": service_id.hex(), "pool": definition.id.hex()}
 
 
-def _create_pool(carrier: Carrier, trust: Trust, pool: Pool) -> None:
-    conversation = Conversation(trust=trust)
+def create_pool(site: Site, carrier: Carrier, trust: Trust, creation: PoolCreation) -> None:
+    """Have the key service create a pool, as the operator: through the gateway's admin socket."""
+    verified = carrier.run(Conversation(trust=trust).refresh(int(time.time())))
 
     def create() -> Flow[Receipt]:
-        verified = yield from conversation.refresh(int(time.time()))
-        content = yield from ask_key_service(verified, b"/pools", encode(pool.to_data()))
+        content = yield from ask_key_service(verified, b"/pools", creation.to_bytes())
         return Receipt.from_bytes(content)
 
-    carrier.run(create())
+    operator = Carrier("http://gateway", httpx.HTTPTransport(uds=str(site.admin)))
+    try:
+        operator.run(create())
+    finally:
+        operator.close()
 
 
 def _document(carrier: Carrier) -> bytes | None:
@@ -255,8 +266,6 @@ def _service_id(carrier: Carrier, known: object) -> bytes:
 
 def _workers(site: Site) -> int:
     """Enclaves registered at the gateway."""
-    import httpx
-
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(site.admin)), base_url="http://gateway") as http:
         try:
             listed = http.get("/workers").json()

@@ -75,7 +75,7 @@ class HostLink:
                     raise FormatError("the host answered with records out of order", code="store.format")
                 after = key
                 yield key, version, value
-            if len(page) < PAGE:
+            if not page:  # a page may end early where its records are large
                 return
 
     async def apply(self, writes: Sequence[tuple[str, bytes, int, bytes | None]]) -> None:

@@ -24,6 +24,7 @@ from cloister.net.messages import Answer, Head
 
 log: Final = logging.getLogger(__name__)
 CBOR: Final = b"application/cbor"
+OPERATOR: Final = b"cloister-operator"
 _REQUEST_TYPE: Final = MEDIA_TYPE_REQUEST.encode()
 _RESPONSE_TYPE: Final = MEDIA_TYPE_RESPONSE.encode()
 _KEY_PROBLEM: Final = "https://iana.org/assignments/http-problem-types#ohttp-key"
@@ -39,6 +40,7 @@ class InnerRequest:
         key_id: Which key configuration opened it.
         arrived: Monotonic seconds when its last ciphertext byte was there.
         opened: Monotonic seconds when it was decrypted.
+        operator: Whether the host marked it as its operator's; the host may lie.
     """
 
     http: bhttp.Request
@@ -46,6 +48,7 @@ class InnerRequest:
     key_id: int
     arrived: float
     opened: float
+    operator: bool = False
 
 
 Handler = Callable[[InnerRequest], Awaitable[bhttp.Response]]
@@ -78,13 +81,18 @@ class EnclaveServer:
             return _outer(400, _KEY_PROBLEM, error.code)
         except CloisterError as error:
             return _outer(400, "about:blank", error.code)
-        response = await self._answer(exchange, plaintext, arrived)
+        response = await self._answer(exchange, plaintext, arrived, operator=OPERATOR in head.fields)
         return Answer(
             status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True))
         )
 
     async def _answer(
-        self, exchange: Decapsulation, plaintext: bytes | bytearray | memoryview, arrived: float
+        self,
+        exchange: Decapsulation,
+        plaintext: bytes | bytearray | memoryview,
+        arrived: float,
+        *,
+        operator: bool,
     ) -> bhttp.Response:
         try:
             request = InnerRequest(
@@ -93,6 +101,7 @@ class EnclaveServer:
                 key_id=exchange.key_id,
                 arrived=arrived,
                 opened=time.monotonic(),
+                operator=operator,
             )
             return await self._handler(request)
         except CloisterError as error:

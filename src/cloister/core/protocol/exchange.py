@@ -6,10 +6,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloister.core.encoding import decode, encode, unpack
-from cloister.core.identity import CONTEXT, SIGNATURE_SIZE, SigningKey, thumbprint, verify_signature
+from cloister.core.identity import (
+    CONTEXT,
+    SIGNATURE_SIZE,
+    THUMBPRINT_SIZE,
+    SigningKey,
+    thumbprint,
+    verify_signature,
+)
 from cloister.core.merkle import HASH_SIZE, MerkleTree, verify_inclusion
 from cloister.core.protocol.head import TreeHead, hashes_from_data
 from cloister.core.protocol.limits import MAX_REQUEST_LIFETIME
+from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import CHALLENGE_SIZE
 from cloister.core.protocol.statement import SignedStatement, owner_of
 from cloister.errors import AccessRefused, FormatError
@@ -18,6 +26,7 @@ NONCE_SIZE: Final = 32  # bytes
 POSSESSION_PURPOSE: Final = "possession"
 QUERY_PURPOSE: Final = "statement query"
 MAX_BATCH: Final = 4096  # nonces under one signature
+MAX_POOL: Final = 1 << 20  # bytes
 _MAX_SMALL: Final = 8 << 10  # bytes
 
 
@@ -196,6 +205,34 @@ class Publication:
             statement=dict,
         )
         return cls(**{**fields, "statement": SignedStatement.from_data(fields["statement"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolCreation:
+    """The operator's wish for a pool.
+
+    Attributes:
+        pool: What its workers must be.
+        owner: Thumbprint of the owner that it is for; None: the first one that publishes to it.
+    """
+
+    pool: Pool
+    owner: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if self.owner is not None and (self.pool.shared or len(self.owner) != THUMBPRINT_SIZE):
+            raise FormatError(claim="pool owner", expected="a thumbprint; none where it is shared")
+
+    def to_bytes(self) -> bytes:
+        """The content of the inner request."""
+        return encode({"owner": self.owner, "pool": self.pool.to_data()})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | memoryview) -> PoolCreation:
+        """Read what `to_bytes` gave; raises FormatError or UsageError."""
+        data = decode(raw, what="pool creation", limit=MAX_POOL)
+        fields = unpack(data, "pool creation", owner=(bytes, type(None)), pool=dict)
+        return cls(pool=Pool.from_data(fields["pool"]), owner=fields["owner"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

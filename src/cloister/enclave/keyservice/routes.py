@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from cloister.core.encoding import decode, encode
+from cloister.core.encoding import encode
 from cloister.core.ohttp import bhttp
-from cloister.core.protocol.exchange import HeadRequest, Publication, StatementQuery
-from cloister.core.protocol.pool import Pool
+from cloister.core.protocol.exchange import HeadRequest, PoolCreation, Publication, StatementQuery
 from cloister.core.protocol.release import ReleaseRequest
 from cloister.enclave.keyservice.service import KeyService
 from cloister.enclave.server import InnerRequest, cbor_response, route_not_found
+from cloister.errors import AccessRefused
 
 _Route = Callable[[KeyService, memoryview], Awaitable[bytes]]
 
@@ -27,6 +27,14 @@ class KeyServiceRoutes:
         route = _ROUTES.get(request.http.path) if request.http.method == b"POST" else None
         if route is None:
             raise route_not_found(request)
+        if route is _create_pool and not request.operator:
+            raise AccessRefused(
+                "only the operator creates pools",
+                code="access.operator",
+                claim="sender",
+                expected="the operator, through the gateway's admin socket",
+                actual="the public",
+            )
         return cbor_response(await route(self._service, memoryview(request.http.content)))
 
 
@@ -47,7 +55,7 @@ async def _publish(service: KeyService, content: memoryview) -> bytes:
 
 
 async def _create_pool(service: KeyService, content: memoryview) -> bytes:
-    return (await service.create_pool(Pool.from_data(decode(content, what="pool")))).to_bytes()
+    return (await service.create_pool(PoolCreation.from_bytes(content))).to_bytes()
 
 
 async def _current_statement(service: KeyService, content: memoryview) -> bytes:

@@ -13,6 +13,7 @@ from cloister.core.protocol.document import KEM_NAMES, SIGNING_ALGORITHM
 from cloister.core.protocol.exchange import (
     Challenge,
     HeadRequest,
+    PoolCreation,
     Possession,
     Publication,
     Receipt,
@@ -103,7 +104,7 @@ class KeyService:
         self._require_current(request.head)
         return await self._possession.prove(request)
 
-    async def create_pool(self, pool: Pool) -> Receipt:
+    async def create_pool(self, creation: PoolCreation) -> Receipt:
         """Create a pool; the same one again changes nothing.
 
         Raises:
@@ -111,6 +112,7 @@ class KeyService:
             Overloaded: there are too many pools.
         """
         self._require_current(None)
+        pool = creation.pool
         if pool.policy.anchors.digest != self._configuration.anchors.digest:
             raise AppraisalRefused(
                 "the pool's policy names another trust anchor than this service was configured with",
@@ -126,7 +128,7 @@ class KeyService:
                 raise Overloaded(
                     claim="pools", expected=f"at most {MAX_POOLS}", actual=len(self.log.state.pools)
                 )
-            index = await self.log.append("pool", {"pool": pool.to_data()})
+            index = await self.log.append("pool", {"owner": creation.owner, "pool": pool.to_data()})
             self.documents.sign()
             return self._receipt(index)
 

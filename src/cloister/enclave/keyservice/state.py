@@ -44,6 +44,8 @@ class State:
         elif entry.kind == "pool":
             pool = Pool.from_data(entry.body["pool"])
             self.pools[pool.id] = pool
+            if entry.body["owner"] is not None:
+                self.owners[pool.id] = entry.body["owner"]
         elif entry.kind == "statement":
             self._apply_statement(entry)
 

@@ -17,7 +17,9 @@ from cloister.host.gateway.registry import Registry, Worker
 from cloister.host.problems import problem, status_of
 from cloister.net.front import Answer, Head, Limits, Tap
 from cloister.net.link import Peer, Upstream
+from cloister.net.messages import Fields
 
+OPERATOR: Final = b"cloister-operator"  # set here and nowhere else: what the public sends is not passed on
 POOL: Final = b"cloister-pool"
 REQUEST_TYPE: Final = b"message/ohttp-req"
 _HINTS: Final = (b"cloister-model", b"cloister-deadline")
@@ -57,7 +59,14 @@ class Forwarder:
         self._links: dict[Path, Upstream] = {}
 
     async def handle(self, head: Head, body: memoryview) -> Answer:
-        """Answer one request; every error becomes a problem."""
+        """Answer one request of the public; every error becomes a problem."""
+        return await self._handle(head, body, ())
+
+    async def handle_operator(self, head: Head, body: memoryview) -> Answer:
+        """Answer one request of the operator's own, marked as such; for the admin socket alone."""
+        return await self._handle(head, body, ((OPERATOR, b"1"),))
+
+    async def _handle(self, head: Head, body: memoryview, marks: Fields) -> Answer:
         start = time.monotonic()
         pool, outcome = "unknown", "ok"
         try:
@@ -70,7 +79,7 @@ class Forwarder:
                 raise FormatError("no pool is named", code="gateway.pool", claim="cloister-pool")
             if self._registry.knows(name):  # else the label of the metric would be the peer's to choose
                 pool = name
-            answer = await self._forward(name, head, body)
+            answer = await self._forward(name, head, body, marks)
         except CloisterError as error:
             outcome = error.code
             status = _STATUS.get(error.code) or status_of(error)
@@ -102,9 +111,9 @@ class Forwarder:
             self._links[worker.socket] = found
         return found
 
-    async def _forward(self, pool: str, head: Head, body: memoryview) -> Answer:
+    async def _forward(self, pool: str, head: Head, body: memoryview, marks: Fields) -> Answer:
         """Try workers until one has taken the request."""
-        fields = [(b"content-type", REQUEST_TYPE), (POOL, pool.encode())]
+        fields = [(b"content-type", REQUEST_TYPE), (POOL, pool.encode()), *marks]
         fields += [(name, head.fields[name]) for name in _HINTS if name in head.fields]
         tried: frozenset[str] = frozenset()
         while True:

@@ -89,7 +89,7 @@ class Gateway:
         )
         self._forwarder = forwarder
         admin = admin_app(registry=self.registry, clock=self._clock)
-        self._fronts.append(await serve(_no_ohttp, unix=self._admin, other=protocols(admin)))
+        self._fronts.append(await serve(forwarder.handle_operator, unix=self._admin, other=protocols(admin)))
         public = public_app(
             registry=self.registry,
             forwarder=forwarder,
