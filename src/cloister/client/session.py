@@ -38,6 +38,7 @@ from cloister.errors import (
 
 REQUEST_LIFETIME: Final = 120  # seconds
 RETRY_PAUSES: Final = (0.05, 0.2, 0.5, 1.0)  # seconds before each further attempt
+SHARED_PAUSE: Final = 0.005  # seconds between looks at a verification that another task makes
 MODEL_HINT: Final = b"cloister-model"
 _MODELS: Final = b"/v2/models/"
 _STALE: Final = frozenset({"access.statement", "binding.epoch", "binding.request"})
@@ -63,7 +64,8 @@ class Session:
     aliases: dict[str, str] = field(default_factory=dict)
     pool_only: bool = True
     conversation: Conversation = field(init=False)
-    _approved: dict[bytes, bytes] = field(init=False, default_factory=dict)
+    _approved: set[bytes] = field(init=False, default_factory=set)
+    _refreshing: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.conversation = Conversation(
@@ -77,8 +79,21 @@ class Session:
         return (yield from self.refresh())
 
     def refresh(self) -> Flow[VerifiedDocument]:
-        """Fetch and verify the service document anew, and remember the head."""
-        verified = yield from self.conversation.refresh(self.now())
+        """Fetch and verify the service document anew, and remember the head.
+
+        Where another task does so already, its result serves this one too.
+        """
+        if self._refreshing:
+            before = self.conversation.verifications
+            while self._refreshing:
+                yield Pause(SHARED_PAUSE)
+            if self.conversation.verifications > before:
+                return self.conversation.current()
+        self._refreshing = True
+        try:
+            verified = yield from self.conversation.refresh(self.now())
+        finally:
+            self._refreshing = False
         self._approved.clear()
         _write_head(self.heads, self.conversation.head)
         return verified
@@ -153,7 +168,7 @@ class Session:
         pool_id = entry.pool.id
         if pool_id not in self._approved:
             self.policy.require_pool(entry)
-            self._approved[pool_id] = pool_id
+            self._approved.add(pool_id)
 
     def _attempt(self, model: str, inner: bhttp.Request) -> Flow[bhttp.Response]:
         if self.identity is None:

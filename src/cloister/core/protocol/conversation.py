@@ -117,13 +117,13 @@ class Conversation:
             Refused: whatever `verify_document` refuses.
             TransportError: the service could not be reached.
         """
+        before = self.head
         for pause in (0.0, *LAG_PAUSES):
             if pause:
                 yield Pause(pause)
-            verified, possession = yield from self._fetch(now)
+            verified, possession = yield from self._fetch(now, before)
             if possession.document == verified.digest:
                 break  # otherwise a cache on the way lags behind what the service serves
-        before = self.head
         self._require_newer(verified, possession)
         self.head, self.verified, self.possession = possession.head, verified, possession
         self.verifications += 1
@@ -137,13 +137,13 @@ class Conversation:
         )
         return verified
 
-    def _fetch(self, now: int) -> Flow[tuple[VerifiedDocument, Possession]]:
+    def _fetch(self, now: int, before: TreeHead | None) -> Flow[tuple[VerifiedDocument, Possession]]:
         answer = yield Outgoing(method=b"GET", target=WELL_KNOWN)
         if answer.status != 200:
             raise _outer_error(answer)
         raw = bytes(answer.body[: MAX_DOCUMENT + 1])
         verified = verify_document(raw, policy=self.trust.key_service, service=self.trust.service, now=now)
-        request = HeadRequest(nonce=os.urandom(NONCE_SIZE), head=self.head)
+        request = HeadRequest(nonce=os.urandom(NONCE_SIZE), head=before)
         content = yield from ask_key_service(verified, b"/possession", request.to_bytes())
         possession = Possession.from_bytes(content)
         service_key = verified.attested.binding.key(SIGNING_ALGORITHM)

@@ -36,14 +36,15 @@ class Worker:
         self.problem = ""  # code of the error that keeps the worker out, for the host's health check
         self._models = models
         self._lock = asyncio.Lock()
-        self._renewed = float("-inf")
+        self._tried = float("-inf")
 
     async def refresh(self) -> None:
-        """Renew now, unless that happened a moment ago; one renewal serves all who wait. Never raises."""
+        """Renew now, unless that was tried a moment ago; one renewal serves all who wait. Never raises."""
         asked = asyncio.get_running_loop().time()
         async with self._lock:
-            if self._renewed >= asked or asked - self._renewed < MIN_REFRESH:
+            if self._tried >= asked or asked - self._tried < MIN_REFRESH:
                 return
+            self._tried = asked
             try:
                 await self._renew()
             except CloisterError as error:
@@ -70,7 +71,7 @@ class Worker:
 
     async def _renew(self) -> None:
         await self.membership.renew()
-        self._renewed = asyncio.get_running_loop().time()
+        self._tried = asyncio.get_running_loop().time()
         self.problem = ""
         if self.server is not None:
             self.server.replace_keys(self.membership.private_keys())
