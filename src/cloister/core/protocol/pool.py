@@ -26,14 +26,20 @@ class Pool:
         name: The operator's label; it tells two pools of the same policy apart.
         policy: The release policy: reference values of the workers that may hold the pool's keys.
         shared: Whether it may serve several owners, each in a child process of its own.
+        key_scope: Whose the OHTTP keys are: ``pool``. (``worker`` is reserved for keys certified per worker.)
     """
 
     name: str
     policy: AppraisalPolicy
     shared: bool = False
+    key_scope: str = "pool"
 
     def __post_init__(self) -> None:
         require_name(self.name, "pool name")
+        if self.key_scope != "pool":
+            raise UsageError(
+                code="pool.key-scope", claim="key_scope", expected="pool", actual=self.key_scope[:32]
+            )
 
     @property
     def id(self) -> bytes:
@@ -42,14 +48,22 @@ class Pool:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for `cloister.core.encoding`."""
-        return {"name": self.name, "policy": self.policy.to_data(), "shared": self.shared}
+        return {
+            "key_scope": self.key_scope,
+            "name": self.name,
+            "policy": self.policy.to_data(),
+            "shared": self.shared,
+        }
 
     @classmethod
     def from_data(cls, data: Any) -> Pool:
         """Read what `to_data` gave; raises FormatError or UsageError."""
-        fields = unpack(data, "pool", name=str, policy=dict, shared=bool)
+        fields = unpack(data, "pool", key_scope=str, name=str, policy=dict, shared=bool)
         return cls(
-            name=fields["name"], policy=AppraisalPolicy.from_data(fields["policy"]), shared=fields["shared"]
+            key_scope=fields["key_scope"],
+            name=fields["name"],
+            policy=AppraisalPolicy.from_data(fields["policy"]),
+            shared=fields["shared"],
         )
 
 

@@ -113,6 +113,8 @@ class KeyService:
         """
         self._require_current(None)
         pool = creation.pool
+        if pool.shared:  # a shared pool promises a child process to each owner, which workers don't have yet
+            raise InvalidRequest(code="request.shared-pool", claim="shared pool", expected=False, actual=True)
         if pool.policy.anchors.digest != self._configuration.anchors.digest:
             raise AppraisalRefused(
                 "the pool's policy names another trust anchor than this service was configured with",
@@ -193,6 +195,7 @@ class KeyService:
     async def _publish(self, publication: Publication) -> Receipt:
         statement = publication.statement.open()
         require_service(statement, self.log.service)
+        _require_served(statement)
         async with self._publishing:
             state = self.log.state
             current = state.models.get(statement.model)
@@ -367,6 +370,18 @@ class KeyService:
 
     def _receipt(self, index: int) -> Receipt:
         return Receipt(index=index, head=self.log.head())
+
+
+def _require_served(statement: Statement) -> None:
+    """Refuse serving options that today's workers would not honour; raises InvalidRequest."""
+    options = statement.options
+    if options.isolation != "shared" or options.batching != "none":
+        raise InvalidRequest(
+            code="request.options",
+            claim="serving options",
+            expected="isolation shared, batching none",
+            actual=f"isolation {options.isolation}, batching {options.batching}",
+        )
 
 
 def _kem_key(attested: Attested) -> tuple[int, bytes]:
