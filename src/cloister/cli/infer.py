@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+from zipfile import BadZipFile
 
 import numpy as np
 import typer
@@ -36,8 +37,7 @@ def infer(
         outputs = client.infer(model, arrays)
         stages = client.record.stages
     if output is not None:
-        with output.open("wb") as file:
-            np.savez(file, **outputs)  # type: ignore[arg-type]  # its stub takes the names for options
+        _write(output, outputs)
     if as_json:
         shown = {} if output is not None else {name: array.tolist() for name, array in outputs.items()}
         print_json(
@@ -56,13 +56,23 @@ def infer(
     table("Inside the enclave", ("stage", "ms"), [(name, f"{value:.3f}") for name, value in stages.items()])
 
 
+def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:
+    try:
+        with path.open("wb") as file:
+            np.savez(file, **outputs)  # type: ignore[arg-type]  # its stub takes the names for options
+    except OSError as error:
+        raise UsageError(
+            "the outputs can't be written", code="file.write", claim=str(path), actual=error.strerror
+        ) from error
+
+
 def _read_input(text: str) -> tuple[str, np.ndarray]:
     name, equals, path = text.partition("=")
     if not equals or not name:
         raise UsageError(code="infer.input", claim="--input", expected="NAME=FILE.npy", actual=text[:200])
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) else "not an array"
         raise UsageError(
             "the input can't be read",

@@ -19,7 +19,8 @@ import typer
 
 from cloister.cli.site import Site, reference_policy
 from cloister.core.protocol.configuration import EnclaveConfiguration
-from cloister.errors import UsageError
+from cloister.core.protocol.pool import require_name
+from cloister.errors import Unavailable, UsageError
 from cloister.net.link import Peer, Upstream
 from cloister.net.loop import run
 from cloister.net.messages import Limits
@@ -90,6 +91,7 @@ def worker(
     """Run a worker enclave on this host (simulated TEE)."""
     from cloister.sim.measurement import measure
 
+    require_name(name, "worker name")
     site = _prepare(data, follow=follow)
     root, definition = _root(site), site.read_pool(pool)
     configuration = EnclaveConfiguration(
@@ -108,7 +110,7 @@ def _run_enclave(
 ) -> None:
     from cloister.host.launcher.launcher import Launcher
     from cloister.host.launcher.link import link_app
-    from cloister.host.store.app import store_routes
+    from cloister.host.store.app import blob_routes, store_routes
     from cloister.host.store.blobs import BlobStore
     from cloister.host.store.sqlite import SqliteRecords
     from cloister.sim.authority import SimulatedAuthority
@@ -124,7 +126,11 @@ def _run_enclave(
             Upstream(Peer(unix=site.admin)),
             Upstream(_public_peer(site), limits=Limits(max_body=64 << 20)),
         )
-        routes = store_routes(BlobStore(site.blobs, MAX_BLOBS), SqliteRecords.open(site.records))
+        blobs, records = BlobStore(site.blobs, MAX_BLOBS), None
+        routes = blob_routes(blobs)
+        if role == "key-service":  # a worker has no business with the key service's records
+            records = SqliteRecords.open(site.records)
+            routes = store_routes(blobs, records)
         launcher = Launcher(
             platform,
             role,
@@ -136,6 +142,8 @@ def _run_enclave(
             source=source,
         )
         async with AsyncExitStack() as stack:
+            if records is not None:
+                stack.callback(records.close)
             await stack.enter_async_context(aclosing(admin))
             await stack.enter_async_context(aclosing(public))
             stack.push_async_callback(launcher.stop)
@@ -149,7 +157,15 @@ def _registration(admin: Upstream, name: str, pool: str) -> Callable[[Path], Awa
     async def register(socket: Path) -> None:
         body = json.dumps({"pool": pool, "socket": str(socket)}).encode()
         fields = ((b"content-type", b"application/json"),)
-        await admin.request(b"PUT", f"/workers/{name}".encode(), fields, body, timeout=5.0)
+        answer = await admin.request(b"PUT", f"/workers/{name}".encode(), fields, body, timeout=5.0)
+        if answer.status >= 300:
+            raise Unavailable(
+                "the gateway did not register the enclave",
+                code="roles.register",
+                claim=f"registration of {name}",
+                expected="status 204",
+                actual=answer.status,
+            )
 
     return register
 
@@ -172,7 +188,7 @@ def _fetch(public: Upstream) -> Callable[[], Awaitable[tuple[int, str, bytes]]]:
 
 
 def _public_peer(site: Site) -> Peer:
-    url = site.read_facts().get("url", "")
+    url = str(site.read_facts().get("url", ""))
     host, _, port = url.removeprefix("http://").rpartition(":")
     if not host or not port.isdigit():
         raise UsageError("no gateway has started here yet", code="site.gateway", claim=str(site.facts))
@@ -188,7 +204,7 @@ def _root(site: Site) -> bytes:
 def _settings(text: str) -> dict[str, int]:
     try:
         settings = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError("the settings are not JSON", code="settings.format", claim="--settings") from error
     if not isinstance(settings, dict):
         raise UsageError("the settings are no JSON object", code="settings.format", claim="--settings")

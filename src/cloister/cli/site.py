@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from cloister.cli.output import read_text, write_text
 from cloister.core.protocol.pool import Pool
-from cloister.core.protocol.trust import hex_digest
+from cloister.core.protocol.trust import hex_digest, subtable
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import UsageError
 from cloister.sim.measurement import Measurement
@@ -128,7 +128,7 @@ class Site:
         return Pool(
             name=str(table["name"]),
             shared=table["shared"],
-            policy=AppraisalPolicy.from_table(table["policy"]),
+            policy=AppraisalPolicy.from_table(subtable(table, "policy")),
         )
 
 

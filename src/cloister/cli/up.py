@@ -35,8 +35,7 @@ class Service:
     """The processes of one service. Owns them; `stop` ends them all.
 
     Args:
-        site: The data directory.
-        log: Folder-relative names of the processes' logs lie beside their run folders.
+        site: The data directory; the processes' logs lie in its ``logs``.
     """
 
     def __init__(self, site: Site) -> None:
@@ -57,6 +56,11 @@ class Service:
         ]
         self._commands[name] = command
         self._spawn(name)
+
+    def pin(self, name: str, option: str, value: str) -> None:
+        """Give an option this value whenever the process is started again."""
+        command = self._commands[name]
+        command[command.index(option) + 1] = value
 
     def revive(self) -> list[str]:
         """Start again whatever ended; gives the names."""
@@ -202,6 +206,7 @@ def bring_up(
     service.start("gateway", "gateway", "--host", host, "--port", str(port), *captured)
     service.wait("gateway", lambda: "url" in site.read_facts(), "the gateway")
     url = str(site.read_facts()["url"])
+    service.pin("gateway", "--port", url.rpartition(":")[2])
     carrier = Carrier(url)
     try:
         say("starting the key service enclave")

@@ -66,6 +66,7 @@ class Session:
     conversation: Conversation = field(init=False)
     _approved: set[bytes] = field(init=False, default_factory=set)
     _refreshing: bool = field(init=False, default=False)
+    _failure: TransportError | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.conversation = Conversation(
@@ -84,14 +85,19 @@ class Session:
         Where another task does so already, its result serves this one too.
         """
         if self._refreshing:
-            before = self.conversation.verifications
+            before, self._failure = self.conversation.verifications, None
             while self._refreshing:
                 yield Pause(SHARED_PAUSE)
             if self.conversation.verifications > before:
                 return self.conversation.current()
+            if self._failure is not None:  # what the other could not reach, this one can't either
+                raise TransportError(self._failure.message, code=self._failure.code) from self._failure
         self._refreshing = True
         try:
             verified = yield from self.conversation.refresh(self.now())
+        except TransportError as error:
+            self._failure = error
+            raise
         finally:
             self._refreshing = False
         self._approved.clear()

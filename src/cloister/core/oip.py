@@ -228,7 +228,12 @@ def _from_binary(name: str, data: memoryview, dtype: np.dtype[Any], shape: tuple
         raise _bad(
             "request.binary-size", f"binary data of {name}", f"{count * dtype.itemsize} B", f"{len(data)} B"
         )
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
+    except ValueError as error:  # such as two sides whose product overflows beside one that is zero
+        raise InvalidRequest(
+            code="request.shape", claim=f"shape of {name}", expected="a possible one"
+        ) from error
 
 
 def _split_bytes(name: str, data: memoryview) -> list[bytes]:
@@ -278,6 +283,8 @@ def _binary_tensors(arrays: dict[str, Array]) -> tuple[list[dict[str, Any]], lis
     tensors: list[dict[str, Any]] = []
     buffers: list[memoryview] = []
     for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise _bad("request.datatype", f"input {name}", "a numpy array", type(array).__name__)
         kind = datatype(array)
         buffer = _bytes_elements(array) if kind == "BYTES" else _little_endian(array)
         parameters = {"binary_data_size": buffer.nbytes}
@@ -294,7 +301,9 @@ def _little_endian(array: Array) -> memoryview:
 def _bytes_elements(array: Array) -> memoryview:
     out = bytearray()
     for item in array.reshape(-1).tolist():
-        raw = item.encode() if isinstance(item, str) else bytes(item)
+        if not isinstance(item, str | bytes):
+            raise _bad("request.data", "data of a BYTES tensor", "text or bytes", type(item).__name__)
+        raw = item.encode("utf-8", "replace") if isinstance(item, str) else item
         out += len(raw).to_bytes(4, "little") + raw
     return memoryview(out)
 

@@ -1,6 +1,7 @@
 """Carries sans-I/O conversations over HTTP: whatever a flow yields is sent, whatever comes back is handed in.
 
-The flows are `cloister.core`'s; this module sees methods, targets and opaque bodies.
+The flows are `cloister.core`'s; this module sees methods, targets and opaque bodies. Over plain HTTP the
+encapsulated requests, large and many, take connections of `cloister.net`'s own; all else is httpx's.
 """
 
 from __future__ import annotations
@@ -8,16 +9,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import httpx
 
-from cloister.errors import TransportError
-from cloister.net.messages import Answer, Fields
+from cloister.errors import TransportError, UsageError
+from cloister.net.link import Peer, Upstream
+from cloister.net.messages import Answer, Fields, Limits
+from cloister.net.wire import Wire
 
 T = TypeVar("T")
+
+# What httpx raises for a lost connection, an unusable URL, a closed client, and a body of another length.
+_FOREIGN: Final = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, RuntimeError)
 MAX_ANSWER: Final = 128 << 20  # bytes
 TIMEOUT: Final = httpx.Timeout(30.0, connect=5.0)
+PATIENCE: Final = 120.0  # seconds for the answer to an encapsulated request: a model may have to be loaded
+_OHTTP: Final = b"/ohttp"
+_LIMITS: Final = Limits(max_body=MAX_ANSWER)
 
 
 class Outgoing(Protocol):
@@ -44,9 +54,19 @@ Flow = Generator[Any, Any, T]
 
 
 class Carrier:
-    """A connection pool to one base URL, synchronous. Close it when done."""
+    """A connection pool to one base URL, synchronous. Close it when done.
+
+    Args:
+        url: Base URL, ``http://`` or ``https://``.
+        transport: An httpx transport that carries everything, for tests and special networks.
+
+    Raises:
+        UsageError: another URL.
+    """
 
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+        self._plain = _plain(url) if transport is None else None
+        self._wire = Wire(self._plain.host, self._plain.port, limits=_LIMITS) if self._plain else None
         self._http = httpx.Client(
             base_url=url, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False
         )
@@ -57,6 +77,14 @@ class Carrier:
 
     def send(self, outgoing: Outgoing) -> Answer:
         """Send one request; raises TransportError."""
+        if self._wire is not None and self._plain is not None and outgoing.target == _OHTTP:
+            return self._wire.request(
+                outgoing.method,
+                self._plain.prefix + outgoing.target,
+                (self._plain.field, *outgoing.fields),
+                outgoing.body,
+                timeout=_patience(outgoing),
+            )
         try:
             with self._http.stream(
                 outgoing.method.decode(),
@@ -69,7 +97,7 @@ class Carrier:
                     body += piece
                     _require_size(len(body))
                 return _answer(response, body)
-        except httpx.HTTPError as error:
+        except _FOREIGN as error:
             raise _lost(error) from error
 
     def upload(self, target: str, pieces: Any, size: int) -> Answer:
@@ -81,19 +109,23 @@ class Carrier:
                 headers={"content-length": str(size)},
                 timeout=httpx.Timeout(60.0, write=60.0),
             )
-        except httpx.HTTPError as error:
+        except _FOREIGN as error:
             raise _lost(error) from error
         return _answer(response, response.content)
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+        if self._wire is not None:
+            self._wire.close()
 
 
 class AsyncCarrier:
     """The same for asyncio."""
 
     def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._plain = _plain(url) if transport is None else None
+        self._link: Upstream | None = None  # made where its event loop runs
         self._http = httpx.AsyncClient(
             base_url=url, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False
         )
@@ -104,6 +136,16 @@ class AsyncCarrier:
 
     async def send(self, outgoing: Outgoing) -> Answer:
         """Send one request; raises TransportError."""
+        if self._plain is not None and outgoing.target == _OHTTP:
+            if self._link is None:
+                self._link = Upstream(Peer(host=self._plain.host, port=self._plain.port), limits=_LIMITS)
+            return await self._link.request(
+                outgoing.method,
+                self._plain.prefix + outgoing.target,
+                (self._plain.field, *outgoing.fields),
+                outgoing.body,
+                timeout=_patience(outgoing),
+            )
         try:
             async with self._http.stream(
                 outgoing.method.decode(),
@@ -116,32 +158,37 @@ class AsyncCarrier:
                     body += piece
                     _require_size(len(body))
                 return _answer(response, body)
-        except httpx.HTTPError as error:
+        except _FOREIGN as error:
             raise _lost(error) from error
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+        if self._link is not None:
+            await self._link.aclose()
 
 
 def drive(flow: Flow[T], send: Callable[[Any], Answer], sleep: Callable[[float], None]) -> T:
     """Drive a flow with a blocking ``send``; where that raises TransportError, the flow decides."""
     value, failure = None, None
-    while True:
-        try:
-            outgoing = flow.throw(failure) if failure is not None else flow.send(value)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        value, failure = None, None
-        seconds = getattr(outgoing, "seconds", None)
-        if seconds is not None:
-            sleep(seconds)
-            continue
-        try:
-            value = send(outgoing)
-        except TransportError as error:
-            failure = error
+    try:
+        while True:
+            try:
+                outgoing = flow.throw(failure) if failure is not None else flow.send(value)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            value, failure = None, None
+            seconds = getattr(outgoing, "seconds", None)
+            if seconds is not None:
+                sleep(seconds)
+                continue
+            try:
+                value = send(outgoing)
+            except TransportError as error:
+                failure = error
+    finally:
+        flow.close()  # whatever interrupted it: what the flow holds is given back now
 
 
 async def drive_async(
@@ -149,21 +196,71 @@ async def drive_async(
 ) -> T:
     """Drive a flow with an asynchronous ``send``."""
     value, failure = None, None
-    while True:
-        try:
-            outgoing = flow.throw(failure) if failure is not None else flow.send(value)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        value, failure = None, None
-        seconds = getattr(outgoing, "seconds", None)
-        if seconds is not None:
-            await sleep(seconds)
-            continue
-        try:
-            value = await send(outgoing)
-        except TransportError as error:
-            failure = error
+    try:
+        while True:
+            try:
+                outgoing = flow.throw(failure) if failure is not None else flow.send(value)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            value, failure = None, None
+            seconds = getattr(outgoing, "seconds", None)
+            if seconds is not None:
+                await sleep(seconds)
+                continue
+            try:
+                value = await send(outgoing)
+            except TransportError as error:
+                failure = error
+    finally:
+        flow.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """A base URL of plain HTTP: where to connect, the Host field, and what stands before each target."""
+
+    host: str
+    port: int
+    field: tuple[bytes, bytes]
+    prefix: bytes
+
+
+def _plain(url: str) -> _Plain | None:
+    """The parts of an ``http://`` URL; None where httpx is needed, as for TLS and for URLs with a password.
+
+    Raises:
+        UsageError: neither ``http://`` nor ``https://``, or no host.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise _bad_url(url) from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.port == 0:
+        raise _bad_url(url)
+    if parsed.scheme == "https" or parsed.userinfo or parsed.query:
+        return None
+    return _Plain(
+        host=parsed.raw_host.decode("ascii"),
+        port=parsed.port or 80,
+        field=(b"host", parsed.netloc),
+        prefix=parsed.raw_path.rstrip(b"/"),
+    )
+
+
+def _bad_url(url: str) -> UsageError:
+    return UsageError(
+        "the URL is none of a service",
+        code="net.url",
+        claim="URL",
+        expected="http://HOST[:PORT] or https://HOST[:PORT]",
+        actual=url[:200],
+    )
+
+
+def _patience(outgoing: Outgoing) -> float:
+    """Seconds for a request to leave and its answer to come."""
+    return PATIENCE + _LIMITS.transfer_timeout(len(outgoing.body))
 
 
 def _answer(response: httpx.Response, body: bytes | bytearray) -> Answer:
@@ -177,7 +274,7 @@ def _require_size(length: int) -> None:
         raise TransportError(claim="answer", expected=f"at most {MAX_ANSWER} B", actual="more")
 
 
-def _lost(error: httpx.HTTPError) -> TransportError:
+def _lost(error: Exception) -> TransportError:
     return TransportError(
         "the service could not be reached",
         claim="connection",

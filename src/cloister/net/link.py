@@ -126,6 +126,11 @@ class Upstream:
         """
         return Stream(self, target, fields, chunk=chunk, max_length=max_length, timeout=timeout)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is in progress."""
+        return bool(self._busy)
+
     async def aclose(self) -> None:
         """Close all connections; what is in progress fails."""
         self._closed = True

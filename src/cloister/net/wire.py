@@ -88,9 +88,10 @@ class Wire:
                 connection = self._idle.pop()
             except IndexError:
                 break
-            if connection.stands and connection.send(parts, until):
+            if not connection.stands:
+                connection.close()
+            elif connection.send(parts, until):
                 return connection
-            connection.close()
         connection = self._connect()
         if not connection.send(parts, until):
             raise TransportError(
@@ -144,7 +145,8 @@ class _Connection:
         """Write a request; False where the connection was gone before a byte of it was written.
 
         A server may refuse before it has read everything, and then close. So once something was written, a
-        broken connection is no error here: an answer may be there to be read. Whatever is raised, it is closed.
+        broken connection is no error here: an answer may be there to be read. Where nothing was written, or an
+        error is raised, the connection is closed.
         """
         try:
             started = self._write(parts, until)

@@ -176,7 +176,14 @@ class Desk:
     def head(self, service: bytes) -> TreeHead | None:
         """The newest tree head seen of a service."""
         path = self._head_path(service)
-        return TreeHead.from_bytes(path.read_bytes()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return TreeHead.from_bytes(path.read_bytes())
+        except (OSError, FormatError) as error:
+            raise UsageError(
+                "the desk's last tree head can't be read", code="owner.desk", claim=str(path)
+            ) from error
 
     def keep_head(self, head: TreeHead) -> None:
         """Remember a tree head."""

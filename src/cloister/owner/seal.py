@@ -56,6 +56,9 @@ def seal_model(
         raise UsageError(
             "the sealed file can't be written", code="owner.file", claim=str(target), actual=error.strerror
         ) from error
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
     sealed = SealedModel(header=sealing.header.digest, blob=digest.digest(), size=size)
     before = desk.model(name) if name in desk.models() else None
     kept = DeskModel(

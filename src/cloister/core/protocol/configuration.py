@@ -15,7 +15,7 @@ from cloister.core.protocol.limits import MAX_EPOCH, MAX_LEASE, MAX_LEASE_REQUES
 from cloister.core.protocol.pool import Pool
 from cloister.core.verifier.anchors import TrustAnchors
 from cloister.core.verifier.appraisal import AppraisalPolicy
-from cloister.errors import AppraisalRefused, BindingRefused, UsageError
+from cloister.errors import AppraisalRefused, UsageError
 
 Role = Literal["key-service", "worker"]
 ROLES: Final[tuple[Role, ...]] = ("key-service", "worker")
@@ -144,22 +144,6 @@ def require_anchor(configuration: EnclaveConfiguration, policy: AppraisalPolicy)
             claim="trust anchor",
             expected=expected.digest.hex(),
             actual=configuration.anchors.digest.hex(),
-        )
-
-
-def require_digest(raw: bytes, attested: bytes) -> None:
-    """Refuse a configuration text that is not the attested one.
-
-    Raises:
-        BindingRefused: its digest differs.
-    """
-    actual = hashlib.sha256(raw).digest()
-    if actual != attested:
-        raise BindingRefused(
-            code="binding.configuration",
-            claim="configuration digest",
-            expected=attested.hex(),
-            actual=actual.hex(),
         )
 
 

@@ -29,6 +29,7 @@ from cloister.core.verifier.result import Step
 from cloister.errors import BindingRefused, EvidenceRefused, FormatError, NotFound
 
 PURPOSE: Final = "service document"
+MAX_NUMBER: Final = 1 << 53  # of epochs and times
 MAX_DOCUMENT: Final = 4 << 20  # bytes
 KEM_NAMES: Final = {0x647A: "X-Wing", 0x0020: "DHKEM(X25519, HKDF-SHA256)"}
 SIGNING_ALGORITHM: Final = "Ed25519"
@@ -212,6 +213,9 @@ class ServiceDocument:
         )
         if len(fields["pools"]) > MAX_POOLS:
             raise FormatError(claim="pools", expected=f"at most {MAX_POOLS}", actual=len(fields["pools"]))
+        for name in ("epoch", "not_after", "not_before", "threshold"):
+            if not 0 <= fields[name] < MAX_NUMBER:
+                raise FormatError(claim=name, expected=f"0 to {MAX_NUMBER}", actual=fields[name])
         if not all(type(item) is bytes and len(item) == 32 for item in fields["custodians"]):
             raise FormatError("a custodian is not a thumbprint", claim="custodians")
         return cls(

@@ -39,7 +39,7 @@ def from_bytes(raw: bytes | memoryview) -> CloisterError:
     """The error that a peer sent; an unreadable one becomes a plain `CloisterError`."""
     try:
         problem = json.loads(bytes(raw[:MAX_PROBLEM]))
-    except ValueError:
+    except (ValueError, RecursionError):
         problem = None
     if not isinstance(problem, dict) or not all(isinstance(text, str) for text in problem.values()):
         return CloisterError("the enclave answered with an unreadable error", code="problem")

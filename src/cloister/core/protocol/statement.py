@@ -231,7 +231,8 @@ class SignedStatement:
         """The statement, once its signature is checked.
 
         Raises:
-            Tampered: not signed by the owner whose thumbprint the model id carries.
+            Tampered: not signed by the key that it names.
+            AccessRefused: signed by somebody else than the model's owner.
             FormatError: not a statement.
         """
         verify_signature(self.owner_key, PURPOSE, self.text, self.signature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from typing import Final
 
@@ -52,12 +53,13 @@ class DocumentMaker:
         """Begin the next epoch: log it, make its keys, attest them, sign a document."""
         number = self._log.state.epoch + 1
         await self._log.append("epoch", {"epoch": number})
-        epoch = self.epochs.begin(number, self._log.clock.now())
-        self._attestation = self._attest(epoch)
+        now = self._log.clock.now()
+        epoch = self.epochs.make(number, now)
+        attestation = await asyncio.to_thread(self._attest, epoch)
         # A service whose own evidence doesn't verify under its own anchors must not come up.
-        self.own_evidence = verify(
-            self._attestation.evidence, anchors=self._configuration.anchors, now=self._log.clock.now()
-        )
+        evidence = verify(attestation.evidence, anchors=self._configuration.anchors, now=now)
+        self.epochs.begin(epoch)  # from here on nothing fails: all of it changes together
+        self._attestation, self.own_evidence = attestation, evidence
         self.sign()
 
     async def renew(self) -> None:

@@ -14,7 +14,7 @@ from cloister.core.encoding import decode, encode, unpack
 from cloister.core.secret import Secret
 from cloister.errors import FormatError
 
-Kind = Literal["start", "epoch", "pool", "statement", "release", "refusal", "halt"]
+Kind = Literal["start", "epoch", "pool", "statement", "release", "refusal"]
 KINDS: Final = get_args(Kind)
 MAX_ENTRY: Final = 4 << 20  # bytes
 

@@ -81,10 +81,13 @@ class Epochs:
         """The epoch that documents name."""
         return self._live[-1]
 
-    def begin(self, number: int, now: int) -> Epoch:
-        """Start an epoch; the one before lives on to its own end."""
-        self._live.append(Epoch.begin(number, now + self._seconds))
-        return self.current
+    def make(self, number: int, now: int) -> Epoch:
+        """Make an epoch with fresh keys; it is not the current one before `begin`."""
+        return Epoch.begin(number, now + self._seconds)
+
+    def begin(self, epoch: Epoch) -> None:
+        """Make an epoch the current one; the one before lives on to its own end."""
+        self._live.append(epoch)
 
     def due(self, now: int) -> bool:
         """Whether the next epoch should begin."""

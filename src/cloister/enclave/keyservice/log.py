@@ -42,7 +42,7 @@ class Log:
         self._link = link
         self._state_key = state_key
         self._lock = asyncio.Lock()
-        self._uncertain: list[tuple[bytes, bytes, Entry]] = []
+        self._uncertain: list[tuple[bytes, Entry]] = []  # written for the next index, without an answer
 
     @classmethod
     async def open(cls, link: HostLink, sealing_key: Secret, clock: HintedClock) -> Log:
@@ -118,38 +118,38 @@ class Log:
             index = len(self.tree)
             key = _key(index)
             sealed = self._seal(index, entry)
-            self._uncertain = [(key, sealed, entry)]
+            self._uncertain.append((sealed, entry))
             try:
                 await self._link.apply([(LOG_TABLE, key, 0, sealed)])
             except CloisterError as error:
                 raise Unavailable("the host's store did not take the entry", code="store.write") from error
-            self._commit()
+            self._commit(entry)
             return index
 
     async def _settle(self) -> None:
-        """Learn whether an entry whose write failed is durable after all."""
+        """Learn whether an entry whose write failed is durable after all; it may have arrived late."""
         if not self._uncertain:
             return
-        key, sealed, _ = self._uncertain[0]
-        record = await self._link.record(LOG_TABLE, key)
+        index = len(self.tree)
+        record = await self._link.record(LOG_TABLE, _key(index))
         if record is None:
-            self._uncertain = []
-        elif record[1] == sealed:
-            self._commit()
-        else:
-            raise Tampered(
-                "the store holds an entry that this service didn't write",
-                code="tampered.log",
-                claim=f"log entry {int.from_bytes(key)}",
-                expected="absent or ours",
-                actual="another",
-            )
+            return
+        for sealed, entry in self._uncertain:
+            if record[1] == sealed:
+                self._commit(entry)
+                return
+        raise Tampered(
+            "the store holds an entry that this service didn't write",
+            code="tampered.log",
+            claim=f"log entry {index}",
+            expected="absent or ours",
+            actual="another",
+        )
 
-    def _commit(self) -> None:
-        for _, _, entry in self._uncertain:
-            self.state.apply(entry)
-            self.tree.append(entry.leaf)
-        self._uncertain = []
+    def _commit(self, entry: Entry) -> None:
+        self.state.apply(entry, len(self.tree))
+        self.tree.append(entry.leaf)
+        self._uncertain.clear()
 
     async def _replay(self) -> None:
         index = 0
@@ -172,7 +172,7 @@ class Log:
                     version=1,
                 )
             )
-            self.state.apply(entry)
+            self.state.apply(entry, index)
             self.tree.append(entry.leaf)
             index += 1
         self.clock.raise_floor(self.state.time)

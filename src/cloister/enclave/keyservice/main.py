@@ -36,8 +36,9 @@ async def serve(
     gets = {
         b"/.well-known/cloister": lambda: Answer(content_type=CBOR, body=service.documents.raw),
         b"/healthz": lambda: Answer(
+            status=503 if service.halted else 200,
             content_type=b"application/json",
-            body=json.dumps({"ready": True, "service": log.service.hex()}).encode(),
+            body=json.dumps({"ready": not service.halted, "service": log.service.hex()}).encode(),
         ),
     }
     front = await serve_front(server.handle, unix=socket, gets=gets, limits=LIMITS)

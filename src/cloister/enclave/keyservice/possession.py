@@ -42,17 +42,25 @@ class PossessionDesk:
 
     def _sign(self) -> None:
         batch, self._waiting = self._waiting, []
+        try:
+            self._answer(batch)
+        except Exception as error:  # whoever waits must not wait for ever
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(error)
+
+    def _answer(self, batch: list[tuple[HeadRequest, asyncio.Future[Possession]]]) -> None:
         tree = MerkleTree(request.nonce for request, _ in batch)
         document = self._document()
         signature = Possession.sign(self._log.identity, document, tree)
-        head = self._log.head()
+        head, root = self._log.head(), tree.root()
         for index, (request, answer) in enumerate(batch):
             if answer.done():  # the client went away
                 continue
             answer.set_result(
                 Possession(
                     document=document,
-                    root=tree.root(),
+                    root=root,
                     size=len(tree),
                     index=index,
                     path=tuple(tree.inclusion_proof(index)),

@@ -23,6 +23,7 @@ from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.limits import MAX_MODELS, MAX_POOLS
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import (
+    MAX_RELEASE,
     MODEL_KEY_SIZE,
     Lease,
     Release,
@@ -54,6 +55,9 @@ from cloister.errors import (
 )
 
 logger: Final = logging.getLogger(__name__)
+MAX_POOL_STATEMENTS: Final = MAX_RELEASE // 2  # bytes
+MAX_DOCUMENT_MODELS: Final = 8192  # over all pools; each takes about 300 B of the document
+RELEASE_OVERHEAD: Final = 512  # bytes for each model beside its statement
 MAX_APPRAISALS: Final = 32  # release requests that wait for appraisal at once
 REFUSALS_PER_MINUTE: Final = 6  # that enter the log; the rest are counted in the next that does
 
@@ -77,8 +81,13 @@ class KeyService:
         self._appraising = 0
         self._publishing: Final = asyncio.Lock()
         self._released: dict[bytes, tuple[object, ...]] = {}
-        self._halted: Rollback | None = None
+        self._halted: TreeHead | None = None
         self._refusals = (0, 0, 0)  # minute, logged in it, suppressed since
+
+    @property
+    def halted(self) -> bool:
+        """Whether it stopped serving since its store was put back."""
+        return self._halted is not None
 
     async def start(self) -> None:
         """Begin the first epoch of this start and sign a document."""
@@ -125,7 +134,7 @@ class KeyService:
             )
         async with self._publishing:
             if pool.id in self.log.state.pools:
-                return self._receipt(len(self.log.tree) - 1)
+                return self._receipt(self.log.state.pool_entries[pool.id])
             if len(self.log.state.pools) >= MAX_POOLS:
                 raise Overloaded(
                     claim="pools", expected=f"at most {MAX_POOLS}", actual=len(self.log.state.pools)
@@ -174,8 +183,8 @@ class KeyService:
             raise
         models = self._admitted(attested, pool_id, now)
         digests = tuple(model.digest for model in models)
-        await self._log_release(request, attested, pool_id, digests)
         release = self._release(request, attested, pool_id, models)
+        await self._log_release(request, attested, release.certificate, digests)
         kem_id, public_key = _kem_key(attested)
         info = release_info(request, pool=pool_id, statements=digests)
         suite = next(suite for suite in hpke.WIRE_SUITES if suite.kem_id == kem_id)
@@ -204,12 +213,13 @@ class KeyService:
                 and current.digest == statement.digest
                 and current.pool == publication.pool
             ):
-                return self._receipt(len(self.log.tree) - 1)
+                return self._receipt(current.index)
             state.require_next(statement)
             self._require_room(statement, publication.pool)
             appraise(self.documents.own_evidence, statement.key_service, now=self.log.clock.now())
             state.require_pool(statement, publication.pool)
             key = self._model_key(publication, statement, current)
+            self._require_deliverable(statement, publication)
             body = {"pool": publication.pool, "statement": publication.statement.to_data()}
             index = await self.log.append("statement", body, key)
             self.documents.sign()
@@ -218,24 +228,39 @@ class KeyService:
     def _require_current(self, head: TreeHead | None) -> None:
         """Stop serving for good once somebody shows a head of ours that our log does not extend."""
         if self._halted is not None:
-            raise self._halted
+            raise _rolled_back(self._halted, len(self.log.tree))
         if head is None:
             return
         head.verify(self.log.service)
         if self.log.contradicts(head):
-            self._halted = Rollback(
-                "the key service's store was put back to an older state; it serves no more",
-                code="rollback.store",
-                claim="audit log",
-                expected=f"at least {head.size} entries, root {head.root.hex()[:16]}",
-                actual=f"{len(self.log.tree)} entries",
-                hint="The operator must restore the newest store",
-            )
+            self._halted = head
             logger.error("halted: a presented tree head proves that the store was put back")
-            raise self._halted
+            raise _rolled_back(head, len(self.log.tree))
+
+    def _require_deliverable(self, statement: Statement, publication: Publication) -> None:
+        """Refuse a statement with which the pool's release could no longer be delivered to workers."""
+        others = sum(
+            len(model.signed.text) + RELEASE_OVERHEAD
+            for model in self.log.state.models_of(publication.pool)
+            if model.statement.model != statement.model
+        )
+        size = others + len(publication.statement.text) + RELEASE_OVERHEAD
+        if size > MAX_POOL_STATEMENTS:
+            raise Overloaded(
+                "the pool's statements are too large together",
+                code="overloaded.pool",
+                claim="statements of the pool",
+                expected=f"at most {MAX_POOL_STATEMENTS} B",
+                actual=f"{size} B",
+                hint="Use another pool, or fewer grants",
+            )
 
     def _require_room(self, statement: Statement, pool: bytes) -> None:
         models = self.log.state.models_of(pool)
+        if statement.model not in self.log.state.models and len(self.log.state.models) >= MAX_DOCUMENT_MODELS:
+            raise Overloaded(
+                claim="models", expected=f"at most {MAX_DOCUMENT_MODELS}", actual=len(self.log.state.models)
+            )
         if len(models) >= MAX_MODELS and all(model.statement.model != statement.model for model in models):
             raise Overloaded(claim="models in the pool", expected=f"at most {MAX_MODELS}", actual=len(models))
 
@@ -334,20 +359,24 @@ class KeyService:
         )
 
     async def _log_release(
-        self, request: ReleaseRequest, attested: Attested, pool_id: bytes, statements: tuple[bytes, ...]
+        self,
+        request: ReleaseRequest,
+        attested: Attested,
+        certificate: WorkerCertificate,
+        statements: tuple[bytes, ...],
     ) -> None:
         """Log what is released to an incarnation when it is more than a renewal of the same."""
-        what = (self.documents.epochs.current.number, pool_id, statements)
+        what = (certificate.epoch, certificate.pool, certificate.public_key, statements)
         if self._released.get(request.incarnation) == what:
             return
         await self.log.append(
             "release",
             {
-                "epoch": self.documents.epochs.current.number,
+                "epoch": certificate.epoch,
                 "evidence": request.attestation.digest,
                 "incarnation": request.incarnation,
                 "measurement": attested.evidence.measurements["mr_enclave"],
-                "pool": pool_id,
+                "pool": certificate.pool,
                 "statements": list(statements),
             },
         )
@@ -372,6 +401,17 @@ class KeyService:
         return Receipt(index=index, head=self.log.head())
 
 
+def _rolled_back(head: TreeHead, size: int) -> Rollback:
+    return Rollback(
+        "the key service's store was put back to an older state; it serves no more",
+        code="rollback.store",
+        claim="audit log",
+        expected=f"at least {head.size} entries, root {head.root.hex()[:16]}",
+        actual=f"{size} entries",
+        hint="The operator must restore the newest store",
+    )
+
+
 def _require_served(statement: Statement) -> None:
     """Refuse serving options that today's workers would not honour; raises InvalidRequest."""
     options = statement.options
@@ -385,7 +425,7 @@ def _require_served(statement: Statement) -> None:
 
 
 def _kem_key(attested: Attested) -> tuple[int, bytes]:
-    """KEM id and public key that the worker attested, the preferred suite first; raises FormatError."""
+    """KEM id and public key that the worker attested, the preferred suite first; raises InvalidRequest."""
     bound = dict(attested.binding.keys)
     for suite in hpke.WIRE_SUITES:
         if KEM_NAMES[suite.kem_id] in bound:

@@ -22,6 +22,7 @@ class ModelState:
     digest: bytes
     key: Secret
     pool: bytes
+    index: int  # of the log entry
 
 
 @dataclass(slots=True)
@@ -31,11 +32,12 @@ class State:
     time: int = 0
     epoch: int = 0
     pools: dict[bytes, Pool] = field(default_factory=dict)
+    pool_entries: dict[bytes, int] = field(default_factory=dict)  # pool -> index of its log entry
     owners: dict[bytes, bytes] = field(default_factory=dict)  # pool -> the one owner that it serves
     models: dict[str, ModelState] = field(default_factory=dict)
 
-    def apply(self, entry: Entry) -> None:
-        """Take one entry into account; raises FormatError for one that this service can't have written."""
+    def apply(self, entry: Entry, index: int) -> None:
+        """Take the entry at an index into account; raises FormatError for one that can't be ours."""
         if entry.time < self.time:
             raise FormatError(claim="log entry time", expected=f"at least {self.time}", actual=entry.time)
         self.time = entry.time
@@ -44,12 +46,13 @@ class State:
         elif entry.kind == "pool":
             pool = Pool.from_data(entry.body["pool"])
             self.pools[pool.id] = pool
+            self.pool_entries[pool.id] = index
             if entry.body["owner"] is not None:
                 self.owners[pool.id] = entry.body["owner"]
         elif entry.kind == "statement":
-            self._apply_statement(entry)
+            self._apply_statement(entry, index)
 
-    def _apply_statement(self, entry: Entry) -> None:
+    def _apply_statement(self, entry: Entry, index: int) -> None:
         signed = SignedStatement.from_data(entry.body["statement"])
         statement = signed.open()
         before = self.models.get(statement.model)
@@ -60,7 +63,7 @@ class State:
         if not self.pools[pool].shared:
             self.owners.setdefault(pool, statement.owner)
         self.models[statement.model] = ModelState(
-            statement=statement, signed=signed, digest=statement.digest, key=key, pool=pool
+            statement=statement, signed=signed, digest=statement.digest, key=key, pool=pool, index=index
         )
 
     def pool(self, pool_id: bytes) -> Pool:
@@ -112,7 +115,7 @@ class State:
         Raises:
             AccessRefused: the pool serves another owner.
             AppraisalRefused: the pool admits workers that the owner's release policy doesn't.
-            BindingRefused: the model would leave a pool for one of another service's.
+            NotFound: there is no such pool.
         """
         pool = self.pool(pool_id)
         owner = self.owners.get(pool_id)

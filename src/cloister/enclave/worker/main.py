@@ -92,7 +92,7 @@ async def serve(
     """Serve until ``stop`` is set."""
     settings, clock = configuration.settings, HintedClock()
     membership = Membership(link, attester, configuration, clock)
-    models = ModelCache(link, budget=settings["memory_mib"] << 20, threads=settings["threads"])
+    models = ModelCache(link, budget=settings["memory_mib"] << 20)
     worker = Worker(membership, models)
     with ThreadPoolExecutor(settings["threads"], thread_name_prefix="run") as executor:
         routes = WorkerRoutes(

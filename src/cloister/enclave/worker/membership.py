@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class Membership:
             challenge=challenge.challenge,
             document=verified.digest,
             incarnation=self.incarnation,
-            attestation=self._attest(kem, challenge.challenge),
+            attestation=await asyncio.to_thread(self._attest, kem, challenge.challenge),
         )
         answer = SealedRelease.from_bytes(await self._ask(document, b"/releases", request.to_bytes()))
         release = self._open(request, kem, answer)  # step 5
@@ -207,6 +208,13 @@ class Membership:
         return release
 
     def _install(self, release: Release, answer: SealedRelease, now: int) -> None:
+        if len(release.models) != len(answer.statements):
+            raise BindingRefused(
+                code="binding.statement",
+                claim="released models",
+                expected=len(answer.statements),
+                actual=len(release.models),
+            )
         models = {}
         for model, digest in zip(release.models, answer.statements, strict=True):
             statement = self._opened(model, digest)

@@ -95,18 +95,15 @@ class LoadedModel:
         session: Shared by every request; its `run` releases the GIL.
         inputs: By name.
         outputs: In the graph's order.
-        size: Plaintext bytes, which count against the memory budget.
-        load_seconds: Fetching and opening, and building the session.
-        users: Requests that use it now; a model in use is never evicted.
+        open_seconds: What fetching and opening it took.
+        build_seconds: What building the session took.
     """
 
     session: ort.InferenceSession
     inputs: dict[str, TensorSpec]
     outputs: tuple[TensorSpec, ...]
-    size: int
     open_seconds: float
     build_seconds: float
-    users: int = 0
 
     def run(self, inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
         """Run the model; blocking. Raises InvalidRequest where ONNX Runtime refuses the input."""
@@ -125,8 +122,12 @@ class LoadedModel:
 
 @dataclass(slots=True)
 class _Slot:
+    """A model's place: taken, with its bytes, before the model is there."""
+
+    size: int
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     model: LoadedModel | None = None
+    users: int = 0  # that wait for it or use it
 
 
 class ModelCache:
@@ -135,49 +136,44 @@ class ModelCache:
     Args:
         link: Where sealed models come from.
         budget: Bytes of plaintext that may be held.
-        threads: Requests that run at once; each session's operators use one thread.
     """
 
-    def __init__(self, link: HostLink, *, budget: int, threads: int) -> None:
+    def __init__(self, link: HostLink, *, budget: int) -> None:
         self._link = link
         self._budget = budget
-        self._threads = threads
         self._slots: OrderedDict[bytes, _Slot] = OrderedDict()
 
     @asynccontextmanager
     async def use(self, live: LiveModel) -> AsyncIterator[tuple[LoadedModel, bool]]:
         """A model, loaded first where it isn't (then the flag is True), and pinned while in use."""
         sealed = live.statement.sealed_model
-        slot = self._slots.setdefault(sealed.header, _Slot())
+        slot = self._slots.get(sealed.header) or self._reserve(sealed)
         self._slots.move_to_end(sealed.header)
-        async with slot.lock:
-            fresh = slot.model is None
-            if slot.model is None:
-                try:
-                    slot.model = await self._load(live, sealed)
-                except BaseException:
-                    self._slots.pop(sealed.header, None)
-                    raise
-            model = slot.model
-            model.users += 1
+        slot.users += 1
         try:
+            async with slot.lock:
+                fresh = slot.model is None
+                if slot.model is None:
+                    slot.model = await self._load(live, sealed)
+                model = slot.model
             yield model, fresh
         finally:
-            model.users -= 1
+            slot.users -= 1
+            if slot.model is None and not slot.users and self._slots.get(sealed.header) is slot:
+                del self._slots[sealed.header]
 
     def retain(self, headers: set[bytes]) -> None:
         """Drop idle models whose statements are gone."""
         for header, slot in list(self._slots.items()):
-            if header not in headers and slot.model is not None and not slot.model.users:
+            if header not in headers and not slot.users:
                 del self._slots[header]
 
     @property
     def held(self) -> int:
-        """Plaintext bytes held now."""
-        return sum(slot.model.size for slot in self._slots.values() if slot.model is not None)
+        """Plaintext bytes held now, or about to be."""
+        return sum(slot.size for slot in self._slots.values())
 
     async def _load(self, live: LiveModel, sealed: SealedModel) -> LoadedModel:
-        self._make_room(sealed.size)
         started = time.monotonic()
         sections = await self._open(live, sealed)
         opened = time.monotonic()
@@ -196,29 +192,31 @@ class ModelCache:
             session=session,
             inputs={spec.name: spec for spec in map(TensorSpec.of, session.get_inputs())},
             outputs=tuple(map(TensorSpec.of, session.get_outputs())),
-            size=sealed.size,
             open_seconds=opened - started,
             build_seconds=built - opened,
         )
 
-    def _make_room(self, size: int) -> None:
-        if size > self._budget:
+    def _reserve(self, sealed: SealedModel) -> _Slot:
+        """Take room for a model, from the idle ones that were used longest ago; raises Overloaded."""
+        if sealed.size > self._budget:
             raise Overloaded(
                 "the model is larger than the worker's memory budget",
                 code="overloaded.memory",
                 claim="model size",
                 expected=f"at most {self._budget} B",
-                actual=f"{size} B",
+                actual=f"{sealed.size} B",
             )
         for header, slot in list(self._slots.items()):
-            if self.held + size <= self._budget:
-                return
-            if slot.model is not None and not slot.model.users:
+            if self.held + sealed.size <= self._budget:
+                break
+            if not slot.users:
                 del self._slots[header]
-        if self.held + size > self._budget:
+        if self.held + sealed.size > self._budget:
             raise Overloaded(
                 "every model in memory is in use", code="overloaded.memory", claim="memory budget"
             )
+        slot = self._slots[sealed.header] = _Slot(size=sealed.size)
+        return slot
 
     async def _open(self, live: LiveModel, sealed: SealedModel) -> dict[str, memoryview]:
         """Open the sealed model as it arrives; nothing of it is used before its last chunk verified."""
@@ -271,7 +269,7 @@ def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
     try:
         if buffer:
             options.add_external_initializers_from_files_in_memory([WEIGHTS], [buffer], [len(buffer)])
-        session = ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
     except Exception:
         raise InvalidRequest(
             "ONNX Runtime does not load the model",
@@ -279,5 +277,3 @@ def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
             claim="model",
             expected="a loadable graph",
         ) from None
-    del buffer
-    return session

@@ -93,7 +93,7 @@ class Forwarder:
         now = self._clock()
         self._registry.expire(now)
         used = {each.worker.socket for each in self._registry.workers(now)}
-        for socket in [each for each in self._links if each not in used]:
+        for socket in [each for each, link in self._links.items() if each not in used and not link.busy]:
             await self._links.pop(socket).aclose()
 
     async def aclose(self) -> None:
