@@ -1,12 +1,12 @@
 """The malicious host: everything between a user, an owner or a worker and the gateway, told to misbehave.
 
-A `Wire` decides what happens to each message of one party. `MaliciousHost` owns a thread in which its proxies
-and workers live: `front` opens an HTTP proxy to a gateway for users and owners, `worker` launches a real
-worker enclave whose host link leads through a wire. Tests tell a wire what to do and then look at what came of
-it, from their own thread, without asyncio.
+A `Wire` decides what happens to each message of one party. `MaliciousHost` owns a thread in which its
+proxies and workers live: `front` opens an HTTP proxy to a gateway for users and owners, `worker` launches a
+real worker enclave whose host link leads through a wire. Tests tell a wire what to do and then look at what
+came of it, from their own thread, without asyncio.
 
-A host sees routes, pools and ciphertext. So does a wire: a route is ``document``, ``key-service``, a pool id in
-hex, or ``other``; which message of an encapsulated conversation it holds, it knows by its order only.
+A host sees routes, pools and ciphertext. So does a wire: a route is ``document``, ``key-service``, a pool id
+in hex, or ``other``; which message of an encapsulated conversation it holds, it knows by its order only.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """What passed: the request as its sender made it and as it went on, the answer as it came and returned."""
+    """What passed: the request as it was made and as it went on, the answer as it came and as it returned."""
 
     route: str
     request: Message

@@ -260,7 +260,7 @@ def test_an_honest_impostor_would_be_served(service: World) -> None:
     assert impostor.release(impostor.request()).sealed
 
 
-def refused(service: World, **chosen: object) -> CloisterError:
+def refused(service: World, /, **chosen: object) -> CloisterError:
     impostor = Impostor(service)
     request = impostor.request(**chosen)  # type: ignore[arg-type]
     return refusal(lambda: impostor.release(request))

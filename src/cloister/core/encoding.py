@@ -7,7 +7,8 @@ refuses any other encoding of the same value. So a digest names exactly one mess
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
 
 import cbor2
 
@@ -15,6 +16,24 @@ from cloister.errors import FormatError
 
 MAX_MESSAGE: Final = 8 << 20  # bytes; the largest message that is decoded as a whole
 MAX_DEPTH: Final = 32  # nesting of arrays and maps
+
+
+class _NoTags(dict[int, Callable[..., Any]]):
+    """A decoder for every tag: none is plain data.
+
+    Shared references (tags 28 and 29) would make a list that holds itself, or a few bytes that stand for
+    gigabytes; big integers (tags 2 and 3) would pass for integers.
+    """
+
+    def __missing__(self, tag: int) -> Callable[..., Any]:
+        return _refuse_tag
+
+
+def _refuse_tag(*_: object) -> NoReturn:
+    raise ValueError("no message has tags")
+
+
+_NO_TAGS: Final = _NoTags()
 
 
 def encode(value: Any) -> bytes:
@@ -31,7 +50,8 @@ def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_
         limit: Longest accepted encoding, in bytes.
 
     Raises:
-        FormatError: too long, too deep, not CBOR, not plain data, trailing bytes, or not deterministic.
+        FormatError: too long, too deep, not CBOR, not plain data (a map's keys are text or bytes), trailing
+            bytes, or not deterministic.
     """
     raw = bytes(data)
     if len(raw) > limit:
@@ -39,7 +59,15 @@ def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_
             f"{what} is too long", claim="length", expected=f"at most {limit} B", actual=len(raw)
         )
     try:
-        value = cbor2.loads(raw, max_depth=MAX_DEPTH)
+        value = cbor2.loads(
+            raw,
+            max_depth=MAX_DEPTH,
+            semantic_decoders=_NO_TAGS,
+            tag_hook=_refuse_tag,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+            strict_hashable_types=True,
+        )
     except Exception as error:
         raise FormatError(f"{what} is not CBOR", code="format.cbor") from error
     _require_plain(value, what)
