@@ -1,4 +1,4 @@
-"""Enclaves that are killed in the middle of everything, and a store that is put back. Services of their own."""
+"""Enclaves that are killed in the middle of requests, and a store that is put back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from cloister.core.protocol.document import ServiceDocument, SignedDocument
 from cloister.errors import CloisterError, Rollback, Unavailable
-from e2e.malicious import DOCUMENT, MaliciousHost, Wire, eventually, refusal, substitute
+from e2e.malicious import DOCUMENT, MaliciousHost, Wire, drop, eventually, health, refusal, substitute
 from e2e.world import World, world
 
 
@@ -71,7 +71,7 @@ class Traffic:
 @pytest.fixture(scope="module")
 def fragile(shared_root: Path) -> Iterator[World]:
     """A service that the tests of this module damage, each leaving it whole."""
-    with world(shared_root / "f", models=("digits", "diagnosis"), lease_seconds=8) as made:
+    with world(shared_root / "f", models=("digits", "diagnosis"), lease_seconds=6) as made:
         yield made
 
 
@@ -97,12 +97,11 @@ def test_killing_the_only_worker_gives_retryable_errors_and_it_comes_back(fragil
             try:
                 assert fragile.serves(client)
                 break
-            except CloisterError as found:
+            except Unavailable as found:  # and nothing else
                 error = found
-                assert isinstance(found, Unavailable), found.code
-                assert found.retryable
         else:
             raise AssertionError(f"no worker came back: {error}")
+        assert error is None or error.retryable
     eventually(lambda: _both_up(fragile), "both workers are back")
 
 
@@ -211,7 +210,7 @@ def test_an_older_store_is_refused_by_owner_client_and_worker(
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
             thaw.callback(os.kill, pid, signal.SIGKILL)
-        held.wire.on(DOCUMENT, "request", _wait_for(held_back := threading.Event()), times=10**6)
+        held.wire.on(DOCUMENT, "request", drop, times=10**6)
 
         with _put_back(fragile, base), fragile.client(heads=heads) as client:
             error = refusal(client.verify)
@@ -224,7 +223,6 @@ def test_an_older_store_is_refused_by_owner_client_and_worker(
                 assert refusal(newcomer.verify).code == "rollback.store"
         with _put_back(fragile, base):
             said = len(held.said())
-            held_back.set()
             held.wire.behave()
             held.refuses("rollback.store", after=said)
             eventually(lambda: not held.health()["ready"], "its lease runs out and it stops serving")
@@ -244,17 +242,6 @@ class _put_back:
 
     def __exit__(self, *_: object) -> None:
         return None
-
-
-def _wait_for(event: threading.Event):  # type: ignore[no-untyped-def]
-    import asyncio
-
-    async def deed(message):  # type: ignore[no-untyped-def]
-        while not event.is_set():
-            await asyncio.sleep(0.02)
-        return message
-
-    return deed
 
 
 def _alive(pid: int) -> bool:
@@ -293,14 +280,8 @@ def _both_up(world: World) -> bool:
 
 
 def _healthy(world: World, name: str) -> bool:
-    import httpx
-
-    transport = httpx.HTTPTransport(uds=str(world.site.run_dir(name) / "enclave.sock"))
-    try:
-        with httpx.Client(transport=transport, base_url="http://enclave") as http:
-            return http.get("/healthz").status_code == 200
-    except httpx.HTTPError:
-        return False
+    found = health(world.site.run_dir(name) / "enclave.sock")
+    return bool(found and found["ready"])
 
 
 def _serves_alone(world: World, name: str) -> bool:
@@ -324,4 +305,5 @@ def _serves_alone(world: World, name: str) -> bool:
         with world.client(transport=Direct()) as client:
             return world.serves(client)
 
+    eventually(lambda: _healthy(world, name), f"{name} joins")
     return eventually(lambda: _tries(once), f"{name} serves")

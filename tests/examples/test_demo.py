@@ -106,13 +106,13 @@ def test_faults_fail_their_lines_alone_and_a_kept_service_takes_the_commands_tha
         root = root_of(output)
         assert failed_lines(output) == {
             "digits: every answer equals plain ONNX Runtime's, bit for bit",
-            "digits: the accuracy over the test split is the plain model's",
             "no inputs",
             "ungranted user",
             "after all of this the operator still has none of it",
-        } - ({"digits: the accuracy over the test split is the plain model's"} - failed_lines(output))
-        commands = [line for line in output.splitlines() if "cloister" in line.split(" ")[0]]
-        for command in commands[:2]:
+        }
+        commands = re.findall(r"^\S*cloister(?:\.cli)? (?:verify|infer) .*$", output, re.MULTILINE)
+        assert len(commands) == 2
+        for command in commands:
             done = subprocess.run(
                 shlex.split(command), capture_output=True, text=True, check=False, timeout=60
             )

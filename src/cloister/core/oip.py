@@ -21,6 +21,7 @@ HEADER_LENGTH: Final = b"inference-header-content-length"
 MAX_HEADER: Final = 8 << 20  # bytes of JSON
 MAX_TENSORS: Final = 256
 MAX_RANK: Final = 32
+MAX_ELEMENTS: Final = 1 << 40
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -208,6 +209,8 @@ def _tensor_head(tensor: Any) -> tuple[str, np.dtype[Any], tuple[int, ...], int 
     valid = isinstance(shape, list) and len(shape) <= MAX_RANK
     if not valid or not all(type(side) is int and 0 <= side < 1 << 40 for side in shape or ()):
         raise _bad("request.shape", f"shape of {name}", f"at most {MAX_RANK} whole numbers", "something else")
+    if math.prod(side for side in shape or () if side) > MAX_ELEMENTS:  # even beside a side of zero
+        raise _bad("request.shape", f"shape of {name}", f"at most {MAX_ELEMENTS} elements", "more")
     parameters = tensor.get("parameters", {})
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None and (type(size) is not int or size < 0):
@@ -252,13 +255,20 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...
     if dtype.kind == "O":
         if not all(isinstance(item, str) for item in flat):
             raise _bad("request.data", f"data of {name}", "text", "something else")
-        return np.array([*(item.encode() for item in flat), None], dtype=object)[:-1].reshape(shape)
+        try:
+            items = [item.encode() for item in flat]
+        except UnicodeEncodeError as error:  # JSON can name half a surrogate pair
+            raise InvalidRequest(
+                code="request.data", claim=f"data of {name}", expected="Unicode text"
+            ) from error
+        return np.array([*items, None], dtype=object)[:-1].reshape(shape)
     kinds = {"b": bool, "i": int, "u": int}.get(dtype.kind)
     if not all(type(item) is kinds if kinds else type(item) in (int, float) for item in flat):
         raise _bad("request.data", f"data of {name}", dtype, "another type")
     try:
-        return np.array(flat, dtype=dtype).reshape(shape)
-    except (ValueError, OverflowError, TypeError) as error:
+        with np.errstate(over="raise"):  # a number beyond the datatype must not become infinity
+            return np.array(flat, dtype=dtype).reshape(shape)
+    except (ValueError, ArithmeticError, TypeError) as error:
         raise InvalidRequest(
             "a value does not fit its datatype", code="request.data", claim=f"data of {name}", expected=dtype
         ) from error

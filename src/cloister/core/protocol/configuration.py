@@ -151,7 +151,10 @@ def _complete(settings: dict[str, Any]) -> dict[str, int]:
     unknown = settings.keys() - SETTINGS.keys()
     if unknown:
         raise UsageError(
-            "unknown setting", claim="settings", expected=sorted(SETTINGS), actual=sorted(unknown)
+            "unknown setting",
+            claim="settings",
+            expected=sorted(SETTINGS),
+            actual=sorted(map(str, unknown))[:8],
         )
     complete = {}
     for name, (default, smallest, largest) in SETTINGS.items():

@@ -18,10 +18,12 @@ STANDARD_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 MAX_DEPTH: Final = 128  # of messages inside messages
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MAX_TAG: Final = (1 << 32) - 1  # a parser that cuts a longer one would see another field than we
 
 # message: {field number: message that it holds}. Only the ways that lead to tensors and operators.
 _CHILDREN: Final[dict[str, dict[int, str]]] = {
-    "Model": {7: "Graph", 25: "Function"},
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Training": {1: "Graph", 2: "Graph"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Function": {7: "Node", 11: "Attribute"},
     "Node": {5: "Attribute"},
@@ -79,6 +81,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     offset = 0
     while offset < len(message):
         tag, offset = _varint(message, offset)
+        if not 8 <= tag <= _MAX_TAG:
+            raise FormatError("the graph is no protocol buffer", code="model.format")
         wire = tag & 7
         if wire == _BYTES:
             length, offset = _varint(message, offset)

@@ -263,12 +263,11 @@ def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    buffer = bytes(
-        weights
-    )  # ONNX Runtime reads it while it makes the session, and must find it alive until then
+    # Otherwise bytes that `require_safe` reads as a protocol buffer could be loaded as ONNX Runtime's own format.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        if buffer:
-            options.add_external_initializers_from_files_in_memory([WEIGHTS], [buffer], [len(buffer)])
+        if len(weights):  # read while the session is made; the caller holds it until then
+            options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
         return ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
     except Exception:
         raise InvalidRequest(
