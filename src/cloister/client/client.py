@@ -17,8 +17,10 @@ from cloister.core import oip
 from cloister.core.ohttp import bhttp
 from cloister.core.protocol.conversation import Flow
 from cloister.core.protocol.document import VerifiedDocument
+from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.verifier.result import Step
+from cloister.errors import InvalidRequest
 from cloister.net.carry import AsyncCarrier, Carrier
 
 Array = oip.Array
@@ -100,6 +102,7 @@ class _Base:
     ) -> Flow[dict[str, Array]]:
         model = self._session.resolve(model)
         header, buffers = oip.encode_request(inputs, outputs=outputs)
+        _require_size(len(header) + sum(buffer.nbytes for buffer in buffers))
         fields = [(b"content-type", b"application/octet-stream"), (oip.HEADER_LENGTH, b"%d" % len(header))]
         if deadline_ms is not None:
             fields.append((b"cloister-deadline-ms", b"%d" % deadline_ms))
@@ -246,6 +249,19 @@ class AsyncClient(_Base):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _require_size(size: int) -> None:
+    """Refuse inputs that no enclave takes, before they are copied and sealed; raises InvalidRequest."""
+    if size > MAX_INNER_REQUEST:
+        raise InvalidRequest(
+            "the inputs are too large for one request",
+            code="request.size",
+            claim="size of the inputs",
+            expected=f"at most {MAX_INNER_REQUEST} B",
+            actual=f"{size} B",
+            hint="Send them in several requests",
+        )
 
 
 def parse_stages(field: bytes | None) -> dict[str, float]:

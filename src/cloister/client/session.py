@@ -22,7 +22,7 @@ from cloister.core.ohttp import bhttp, encapsulation
 from cloister.core.ohttp.keyconfig import select
 from cloister.core.protocol.authorization import FIELD, REQUEST_ID_SIZE, RequestAuthorization, RequestContext
 from cloister.core.protocol.conversation import Conversation, Flow, Pause, StaleKey, finish_exchange
-from cloister.core.protocol.document import PoolEntry, ServedModel, VerifiedDocument
+from cloister.core.protocol.document import PoolEntry, ServedModel, ServiceDocument, VerifiedDocument
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.statement import owner_of
 from cloister.core.protocol.trust import UserPolicy
@@ -42,6 +42,15 @@ SHARED_PAUSE: Final = 0.005  # seconds between looks at a verification that anot
 MODEL_HINT: Final = b"cloister-model"
 _MODELS: Final = b"/v2/models/"
 _STALE: Final = frozenset({"access.statement", "binding.epoch", "binding.request"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where requests for a model go under one service document."""
+
+    entry: PoolEntry
+    served: ServedModel
+    pool_id: bytes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,7 +73,8 @@ class Session:
     aliases: dict[str, str] = field(default_factory=dict)
     pool_only: bool = True
     conversation: Conversation = field(init=False)
-    _approved: set[bytes] = field(init=False, default_factory=set)
+    _places: dict[str, _Place] = field(init=False, default_factory=dict)
+    _placed: VerifiedDocument | None = field(init=False, default=None)  # the document that _places are of
     _refreshing: bool = field(init=False, default=False)
     _failure: TransportError | None = field(init=False, default=None)
 
@@ -100,7 +110,6 @@ class Session:
             raise
         finally:
             self._refreshing = False
-        self._approved.clear()
         _write_head(self.heads, self.conversation.head)
         return verified
 
@@ -151,7 +160,21 @@ class Session:
             NotFound: no pool serves it.
             AppraisalRefused, AccessRefused: the user's policy accepts none of those that do.
         """
-        document = self.conversation.current().document
+        place = self._place(model)
+        return place.entry, place.served
+
+    def _place(self, model: str) -> _Place:
+        """`place`, looked up and compared with the policy once for each document."""
+        verified = self.conversation.current()
+        if verified is not self._placed:
+            self._places.clear()
+            self._placed = verified
+        place = self._places.get(model)
+        if place is None:
+            place = self._places[model] = self._find(verified.document, model)
+        return place
+
+    def _find(self, document: ServiceDocument, model: str) -> _Place:
         refusal: CloisterError = NotFound(
             "no pool of this service serves the model",
             code="not-found.model",
@@ -162,36 +185,29 @@ class Session:
         for entry in document.pools_of(model):
             try:
                 _require_owner(entry, model)
-                self._approve(entry)
+                self.policy.require_pool(entry)
             except CloisterError as error:
                 refusal = error
                 continue
-            return entry, entry.model(model)
+            return _Place(entry=entry, served=entry.model(model), pool_id=entry.pool.id)
         raise refusal
-
-    def _approve(self, entry: PoolEntry) -> None:
-        """Compare a pool with the policy; once for each document."""
-        pool_id = entry.pool.id
-        if pool_id not in self._approved:
-            self.policy.require_pool(entry)
-            self._approved.add(pool_id)
 
     def _attempt(self, model: str, inner: bhttp.Request) -> Flow[bhttp.Response]:
         if self.identity is None:
             raise UsageError(
                 "the client has no identity to sign with", code="identity.none", hint="Pass identity=..."
             )
-        entry, served = self.place(model)
+        place = self._place(model)
+        entry, pool_id = place.entry, place.pool_id
         configuration, suite = select(entry.keys)  # step 3
         sealer = encapsulation.begin(configuration, suite)
-        pool_id = entry.pool.id
         consent = self.policy.consent
         authorization = RequestAuthorization.sign(  # step 4
             self.identity.key_at(owner_of(model)),
             RequestContext(
                 service=self.policy.service, pool=pool_id, epoch=entry.epoch, model=model, enc=sealer.enc
             ),
-            statement=served.statement,
+            statement=place.served.statement,
             request_id=os.urandom(REQUEST_ID_SIZE),
             expiry=self.now() + REQUEST_LIFETIME,
             allow_cross_user_batching=consent.allow_cross_user_batching,

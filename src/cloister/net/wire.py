@@ -145,8 +145,8 @@ class _Connection:
         """Write a request; False where the connection was gone before a byte of it was written.
 
         A server may refuse before it has read everything, and then close. So once something was written, a
-        broken connection is no error here: an answer may be there to be read. Where nothing was written, or an
-        error is raised, the connection is closed.
+        broken connection is no error here: an answer may be there to be read. Where nothing was written, and
+        where an error is raised, the connection is closed.
         """
         try:
             started = self._write(parts, until)

@@ -263,7 +263,7 @@ def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    # Otherwise bytes that `require_safe` reads as a protocol buffer could be loaded as ONNX Runtime's own format.
+    # Else bytes that `require_safe` reads as a protocol buffer could be loaded as ONNX Runtime's own format.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         if len(weights):  # read while the session is made; the caller holds it until then
