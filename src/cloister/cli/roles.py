@@ -32,7 +32,7 @@ MAX_BLOBS: Final = 256 << 30  # bytes
 
 Data = Annotated[Path, typer.Option("--data", help="Data directory of the service.")]
 Follow = Annotated[
-    bool, typer.Option("--follow-parent", hidden=True, help="End when the parent process does.")
+    int, typer.Option("--follow-parent", min=0, hidden=True, help="End when this parent process does.")
 ]
 
 
@@ -42,7 +42,7 @@ def gateway(
     port: Annotated[int, typer.Option(help="TCP port; 0 picks one.")] = 0,
     capture: Annotated[Path | None, typer.Option(help="Append every byte seen to this file.")] = None,
     max_body: Annotated[int, typer.Option(help="Largest encapsulated request, in bytes.")] = 64 << 20,
-    follow: Follow = False,
+    follow: Follow = 0,
 ) -> None:
     """Run the gateway: the HTTP front door, which sees ciphertext only."""
     from cloister.host.gateway.server import Gateway
@@ -70,7 +70,7 @@ def keyservice(
     data: Data = Path("var"),
     settings: Annotated[str, typer.Option(help="JSON object of enclave settings.")] = "{}",
     source: Annotated[Path | None, typer.Option(hidden=True)] = None,
-    follow: Follow = False,
+    follow: Follow = 0,
 ) -> None:
     """Run a key service enclave on this host (simulated TEE)."""
     site = _prepare(data, follow=follow)
@@ -86,7 +86,7 @@ def worker(
     pool: Annotated[str, typer.Option(help="Name of the pool that it joins.")] = "default",
     settings: Annotated[str, typer.Option(help="JSON object of enclave settings.")] = "{}",
     source: Annotated[Path | None, typer.Option(hidden=True)] = None,
-    follow: Follow = False,
+    follow: Follow = 0,
 ) -> None:
     """Run a worker enclave on this host (simulated TEE)."""
     from cloister.sim.measurement import measure
@@ -211,16 +211,15 @@ def _settings(text: str) -> dict[str, int]:
     return settings
 
 
-def _prepare(data: Path, *, follow: bool) -> Site:
+def _prepare(data: Path, *, follow: int) -> Site:
     """Set up one role's process: quiet logs, the data directory, an end together with its parent."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     if follow:
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
+        if os.getppid() != follow:  # it ended while this process was still starting
             sys.exit(1)
     site = Site(data.absolute())
     site.make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ class Service:
             "--data",
             str(self.site.root),
             "--follow-parent",
+            str(os.getpid()),
         ]
         self._commands[name] = command
         self._spawn(name)

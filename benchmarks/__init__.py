@@ -1,0 +1,1 @@
+"""Benchmarks: what protection costs, measured beside what it is compared with."""

@@ -1,0 +1,90 @@
+"""``python -m benchmarks [NAME] [ARGS...]``: one benchmark, or all of them into ``docs/benchmarks.md``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from benchmarks.report import Report, console, machine
+
+# Name -> what it answers. Each is a module here with `run(arguments) -> Report`.
+BENCHMARKS: Final = {
+    "overhead": "What does the confidential path add to bare ONNX Runtime?",
+    "attestation": "What does it cost to verify a service, and to prove it alive to many?",
+    "sealing": "How fast are models sealed and opened?",
+}
+
+# What `docs/benchmarks.md` shows, in its order.
+PUBLISHED: Final = (
+    ("overhead",),
+    ("overhead", "--model", "digits"),
+    ("overhead", "--model", "diagnosis"),
+    ("attestation",),
+    ("sealing",),
+)
+DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the arguments name; gives the exit status."""
+    if not arguments:
+        return publish()
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        for known, question in BENCHMARKS.items():
+            console.print(f"{known:12} {question}", style="" if name in ("-h", "--help") else "dim")
+        if name not in ("-h", "--help"):
+            print(f"no benchmark is called {name[:80]}", file=sys.stderr)
+            return 2
+        return 0
+    measure(name, rest).show()
+    return 0
+
+
+def measure(name: str, arguments: Sequence[str]) -> Report:
+    """Run one benchmark."""
+    report: Report = importlib.import_module(f"benchmarks.{name}").run(arguments)
+    return report
+
+
+def publish() -> int:
+    """Run everything and write the document again; the last line holds all results."""
+    sections, results = [_head()], []
+    for name, *rest in PUBLISHED:
+        console.rule(shlex.join((name, *rest)))
+        report = measure(name, rest)
+        report.show()
+        sections.append(report.to_markdown(command(name, rest)))
+        results.append(report.to_dict())
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text("\n".join(sections), encoding="utf-8")
+    total = sum(result["runs"] for result in results)
+    print(json.dumps({"benchmark": "all", "machine": machine(), "runs": total, "results": results}))
+    return 0
+
+
+def command(name: str, arguments: Sequence[str]) -> str:
+    """What a reader types to get a benchmark's figures."""
+    rest = f' ARGS="{shlex.join(arguments)}"' if arguments else ""
+    return f"make bench BENCH={name}{rest}"
+
+
+def _head() -> str:
+    facts = "\n".join(f"| {name} | {value} |" for name, value in machine().items())
+    return (
+        "# Benchmarks\n\n"
+        "`make bench` writes this file. What is compared ran interleaved, in one run, on one machine; p50 and\n"
+        "p99 are nearest-rank percentiles. In the simulated TEE no memory is encrypted and no enclave is\n"
+        "entered, so these are the costs of the protocol, not of the hardware.\n\n"
+        f"Measured {datetime.now(UTC):%Y-%m-%d} on:\n\n| | |\n|---|---|\n{facts}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""Bare ONNX Runtime and the whole confidential path, the same model, interleaved in one run.
+
+Bare is a call of the session in this process. Confidential is `Client.infer`: signature, encapsulation, gateway,
+worker enclave (a process of its own), checks of grant and lease, the same run, the sealed answer. Every pair of
+calls gives one difference; ``added`` is the percentile of the differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import httpx
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.models import SYNTHETIC, Array, bare_session, locate, sample
+from benchmarks.report import Report, Rows, Samples, percentile
+from benchmarks.scene import Scene, scene
+from cloister.client.client import Client
+from cloister.core.protocol.document import verify_document
+from cloister.net.carry import Carrier, Outgoing
+from cloister.net.messages import Answer
+
+WARM: Final = 30  # pairs of calls before those that count
+STAGES: Final = {
+    "seal": "client: placement, signature, encapsulation",
+    "transport": "both ways through client, gateway and kernels; sealing of the answer",
+    "decrypt": "enclave: decapsulation and decryption",
+    "authorize": "enclave: signature, replay, grant, lease, tensors",
+    "queue": "enclave: waiting for a thread",
+    "run": "enclave: ONNX Runtime",
+    "open": "client: decryption and decoding of the answer",
+}
+
+
+class _TimedCarrier(Carrier):
+    """Notes when a request left the client's hands and when its answer was there."""
+
+    left = 0.0
+    came = 0.0
+
+    def send(self, outgoing: Outgoing) -> Answer:
+        self.left = time.perf_counter()
+        answer = super().send(outgoing)
+        self.came = time.perf_counter()
+        return answer
+
+
+def run(arguments: Sequence[str]) -> Report:
+    """Measure; see the module."""
+    options = _parser().parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="cloister-bench-") as folder:
+        path = locate(options.model, Path(folder))
+        session = bare_session(path)
+        inputs = sample(session)
+        with scene(path) as made:
+            return _measure(made, session, inputs, options)
+
+
+def _measure(
+    made: Scene, session: ort.InferenceSession, inputs: dict[str, Array], options: argparse.Namespace
+) -> Report:
+    bare, confidential, added = Samples(), Samples(), Samples()
+    stages = {name: Samples() for name in STAGES}
+    names = [output.name for output in session.get_outputs()]
+    carrier = _TimedCarrier(made.url)
+    with made.client() as client:
+        client.close()
+        client._carrier = carrier
+        for count in range(-min(WARM, options.runs), options.runs):
+            start = time.perf_counter()
+            expected = session.run(names, inputs)
+            between = time.perf_counter()
+            outputs = client.infer(made.model, inputs)
+            end = time.perf_counter()
+            if any(not np.array_equal(outputs[n], e) for n, e in zip(names, expected, strict=True)):
+                raise SystemExit("the confidential path gave another answer")
+            if count < 0:
+                continue
+            bare.seconds.append(between - start)
+            confidential.seconds.append(end - between)
+            added.seconds.append((end - between) - (between - start))
+            for name, seconds in _stages(client, carrier, between, end).items():
+                stages[name].seconds.append(seconds)
+        full, cached = _verifications(made, client, options.runs)
+    size = sum(array.nbytes for array in inputs.values())
+    ratios = [c / b for b, c in zip(bare.seconds, confidential.seconds, strict=True)]
+    figures = {
+        "model": Path(options.model).name,
+        "input_bytes": size,
+        "bare_ms_p50": bare.ms(0.5),
+        "bare_ms_p99": bare.ms(0.99),
+        "confidential_ms_p50": confidential.ms(0.5),
+        "confidential_ms_p99": confidential.ms(0.99),
+        "added_ms_p50": added.ms(0.5),
+        "added_ms_p99": added.ms(0.99),
+        "ratio_p50": percentile(ratios, 0.5),
+        "verify_full_ms_p50": full.ms(0.5),
+        "verify_cached_us_p50": cached.us(0.5),
+        **{f"{name}_ms_p50": samples.ms(0.5) for name, samples in stages.items()},
+    }
+    paths = (("bare ONNX Runtime", bare), ("confidential", confidential), ("added", added))
+    times = tuple((name, samples.ms(0.5), samples.ms(0.9), samples.ms(0.99)) for name, samples in paths)
+    where = tuple((STAGES[name], samples.ms(0.5)) for name, samples in stages.items())
+    return Report(
+        benchmark="overhead",
+        runs=options.runs,
+        figures=figures,
+        tables=(
+            Rows(title="One request", columns=("path", "p50 ms", "p90 ms", "p99 ms"), rows=times),
+            Rows(title="Where a confidential request's time goes", columns=("stage", "p50 ms"), rows=where),
+        ),
+        setting=f"Model {figures['model']}, input of {size:,} B, one request at a time, one worker, one thread.",
+    )
+
+
+def _stages(client: Client, carrier: _TimedCarrier, start: float, end: float) -> dict[str, float]:
+    """Seconds of each stage of one request; they add up to its whole time."""
+    inside = {name: milliseconds / 1e3 for name, milliseconds in client.record.stages.items()}
+    known = inside["decrypt"] + inside["queue"] + inside["run"] + inside["open"] + inside["build"]
+    return {
+        "seal": carrier.left - start,
+        "transport": carrier.came - carrier.left - inside["enclave"],
+        "decrypt": inside["decrypt"],
+        "authorize": inside["enclave"] - known,
+        "queue": inside["queue"],
+        "run": inside["run"],
+        "open": end - carrier.came,
+    }
+
+
+def _verifications(made: Scene, client: Client, runs: int) -> tuple[Samples, Samples]:
+    """Times of verifying the service document in full, and of finding that it still holds."""
+    raw = httpx.get(f"{made.url}/.well-known/cloister", trust_env=False).content
+    policy, now = made.policy, int(time.time())
+    full, cached = Samples(), Samples()
+    for _ in range(min(runs, 200)):
+        start = time.perf_counter()
+        verify_document(raw, policy=policy.key_service, service=policy.service, now=now)
+        full.seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(10):  # one takes little more than the clock's own time
+            if not client.session.conversation.fresh(client.session.now()):
+                raise SystemExit("the service document expired during the benchmark")
+        cached.seconds.append((time.perf_counter() - start) / 10)
+    return full, cached
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks overhead", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model",
+        default=SYNTHETIC,
+        help="digits, diagnosis, FILE.onnx, or synthetic: convolutions over 3x224x224 float32 (602,112 B)",
+    )
+    parser.add_argument("--runs", type=int, default=500, help="pairs of calls")
+    return parser
