@@ -79,9 +79,9 @@ def _head() -> str:
     facts = "\n".join(f"| {name} | {value} |" for name, value in machine().items())
     return (
         "# Benchmarks\n\n"
-        "`make bench` writes this file. What is compared ran interleaved, in one run, on one machine; p50 and\n"
-        "p99 are nearest-rank percentiles. In the simulated TEE no memory is encrypted and no enclave is\n"
-        "entered, so these are the costs of the protocol, not of the hardware.\n\n"
+        "`make bench` writes this file. What is compared ran interleaved, in one run, on one machine;\n"
+        "p50 and p99 are nearest-rank percentiles. In the simulated TEE no memory is encrypted and no\n"
+        "enclave is entered, so these are the costs of the protocol, not of the hardware.\n\n"
         f"Measured {datetime.now(UTC):%Y-%m-%d} on:\n\n| | |\n|---|---|\n{facts}\n"
     )
 

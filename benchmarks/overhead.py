@@ -1,8 +1,8 @@
 """Bare ONNX Runtime and the whole confidential path, the same model, interleaved in one run.
 
-Bare is a call of the session in this process. Confidential is `Client.infer`: signature, encapsulation, gateway,
-worker enclave (a process of its own), checks of grant and lease, the same run, the sealed answer. Every pair of
-calls gives one difference; ``added`` is the percentile of the differences.
+Bare is a call of the session in this process. Confidential is `Client.infer`: signature, encapsulation,
+gateway, worker enclave (each a process of its own), checks of grant and lease, the same run, the sealed answer.
+Each pair of calls has one difference; ``added`` is a percentile of these, as ``ratio`` is of the quotients.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _measure(
             Rows(title="One request", columns=("path", "p50 ms", "p90 ms", "p99 ms"), rows=times),
             Rows(title="Where a confidential request's time goes", columns=("stage", "p50 ms"), rows=where),
         ),
-        setting=f"Model {figures['model']}, input of {size:,} B, one request at a time, one worker, one thread.",
+        setting=f"Model {figures['model']}, input of {size:,} B; one request at a time, one thread for each run.",
     )
 
 
@@ -144,7 +144,7 @@ def _verifications(made: Scene, client: Client, runs: int) -> tuple[Samples, Sam
         verify_document(raw, policy=policy.key_service, service=policy.service, now=now)
         full.seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
-        for _ in range(10):  # one takes little more than the clock's own time
+        for _ in range(10):  # one takes little more than the clock itself
             if not client.session.conversation.fresh(client.session.now()):
                 raise SystemExit("the service document expired during the benchmark")
         cached.seconds.append((time.perf_counter() - start) / 10)

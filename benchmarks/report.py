@@ -1,4 +1,4 @@
-"""How figures are shown (DESIGN, section 12): tables for people, one JSON object as the last line for scripts."""
+"""How figures are shown (DESIGN, section 12): tables for people, one JSON object at the end for scripts."""
 
 from __future__ import annotations
 

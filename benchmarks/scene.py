@@ -1,4 +1,4 @@
-"""A real service for benchmarks to measure: processes, an owner who published one model, a user who may use it."""
+"""A real service to measure: its processes, an owner who published one model, a user who may use it."""
 
 from __future__ import annotations
 

@@ -20,8 +20,10 @@ PLAIN = st.recursive(
     | st.floats()
     | st.binary(max_size=40)
     | st.text(max_size=40),
-    lambda items: st.lists(items, max_size=5)
-    | st.dictionaries(st.text(max_size=8) | st.binary(max_size=8), items, max_size=5),
+    lambda items: (
+        st.lists(items, max_size=5)
+        | st.dictionaries(st.text(max_size=8) | st.binary(max_size=8), items, max_size=5)
+    ),
     max_leaves=20,
 )
 
@@ -69,7 +71,9 @@ def test_refused_encoding(name, raw):
     refused(raw)
 
 
-@pytest.mark.parametrize("tag", [*range(64), 100, 256, 258, 260, 261, 1004, 43000, 55799, 1 << 32, (1 << 64) - 1])
+@pytest.mark.parametrize(
+    "tag", [*range(64), 100, 256, 258, 260, 261, 1004, 43000, 55799, 1 << 32, (1 << 64) - 1]
+)
 @pytest.mark.parametrize("content", ["00", "40", "60", "80", "a0", "820102", "4201ff"])
 def test_no_tag_is_plain_data(tag, content):
     refused(tagged(tag) + bytes.fromhex(content))

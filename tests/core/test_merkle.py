@@ -58,7 +58,16 @@ def test_roots_are_the_definition():
 
 def test_known_root_of_certificate_transparency():
     """The eight inputs and root of the test suite of Google's Certificate Transparency log (and RFC 6962)."""
-    inputs = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
+    inputs = [
+        "",
+        "00",
+        "10",
+        "2021",
+        "3031",
+        "40414243",
+        "5051525354555657",
+        "606162636465666768696a6b6c6d6e6f",
+    ]
     tree = MerkleTree(map(bytes.fromhex, inputs))
     assert tree.root().hex() == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
 
@@ -100,7 +109,9 @@ def test_every_altered_inclusion_proof_is_refused(size):
         for position in range(len(proof)):
             refused_inclusion(root, size, index, d[index], proof[:position] + proof[position + 1 :])
             altered = bytes([proof[position][0] ^ 1]) + proof[position][1:]
-            refused_inclusion(root, size, index, d[index], [*proof[:position], altered, *proof[position + 1 :]])
+            refused_inclusion(
+                root, size, index, d[index], [*proof[:position], altered, *proof[position + 1 :]]
+            )
         if len(proof) > 1:
             refused_inclusion(root, size, index, d[index], proof[::-1])
 

@@ -103,7 +103,9 @@ def test_two_tensors_of_one_name():
 # -- one tensor ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [1, None, "x", [], {}, tensor(name=1), tensor(name=...), tensor(name="n" * 257)])
+@pytest.mark.parametrize(
+    "broken", [1, None, "x", [], {}, tensor(name=1), tensor(name=...), tensor(name="n" * 257)]
+)
 def test_no_tensor(broken):
     refused("request.tensor", {"inputs": [broken]})
 
@@ -195,7 +197,9 @@ def test_binary_size_that_is_no_number(size):
     refused("request.binary-size", {"inputs": [binary([2], size)]}, bytes(8))
 
 
-@pytest.mark.parametrize(("size", "content"), [(8, 7), (8, 9), (4, 8), (12, 12), (0, 8), (8, 0), (1 << 60, 8)])
+@pytest.mark.parametrize(
+    ("size", "content"), [(8, 7), (8, 9), (4, 8), (12, 12), (0, 8), (8, 0), (1 << 60, 8)]
+)
 def test_binary_data_of_another_length(size, content):
     refused("request.binary-size", {"inputs": [binary([2], size)]}, bytes(content))
 
@@ -204,7 +208,9 @@ def test_binary_data_that_nobody_asked_for():
     refused("request.binary-size", {"inputs": [tensor()]}, b"x")
 
 
-@pytest.mark.parametrize("content", [b"\x01", b"\x01\x00\x00\x00", b"\xff\xff\xff\xffa", b"\x02\x00\x00\x00a"])
+@pytest.mark.parametrize(
+    "content", [b"\x01", b"\x01\x00\x00\x00", b"\xff\xff\xff\xffa", b"\x02\x00\x00\x00a"]
+)
 def test_truncated_element(content):
     refused("request.binary-size", {"inputs": [binary([1], len(content), "BYTES")]}, content)
 
@@ -397,7 +403,9 @@ def test_any_header_gives_a_request_or_our_error(header, content):
         assert error.code.startswith("request.")
 
 
-@given(st.binary(max_size=80), st.none() | st.binary(max_size=4) | st.integers(0, 90).map(lambda n: b"%d" % n))
+@given(
+    st.binary(max_size=80), st.none() | st.binary(max_size=4) | st.integers(0, 90).map(lambda n: b"%d" % n)
+)
 def test_any_bytes_give_a_request_or_our_error(raw, length):
     for decode in (oip.decode_request, oip.decode_response):
         try:

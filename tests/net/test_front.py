@@ -191,10 +191,10 @@ def test_bodies_in_memory_have_a_limit_over_all_connections(go: Go) -> None:
     async def main() -> None:
         front = await serve(echo, limits=Limits(max_body=1000, max_buffered=1500))
         first, second = await Raw.connect(front), await Raw.connect(front)
-        first.writer.write(POST % (1000, b""))
+        first.writer.write(POST % (1000, b"") + bytes(900))
         await asyncio.sleep(0.05)
-        assert (await second.ask(POST % (1000, b"")))[0] == 503
-        assert (await first.ask(bytes(1000)))[0] == 200
+        assert (await second.ask(POST % (1000, b"") + bytes(1000)))[0] == 503
+        assert (await first.ask(bytes(100)))[0] == 200
         third = await Raw.connect(front)
         assert (await third.ask(POST % (1000, b"") + bytes(1000)))[0] == 200
         for client in (first, second, third):

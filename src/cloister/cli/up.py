@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import subprocess
@@ -140,6 +141,15 @@ def up(
     """Start a service on this host with the simulated TEE and keep it running until interrupted."""
     from cloister.sim.platform import ANNOUNCEMENT
 
+    if owner is None and not _is_loopback(host):
+        raise UsageError(
+            "say whose pool it is before others can reach it",
+            code="up.owner",
+            claim="--owner",
+            expected="the owner's thumbprint, on any address but loopback",
+            actual="none",
+            hint="Otherwise the first stranger who publishes owns the pool",
+        )
     site = Site(data.absolute())
     settings = json.dumps(
         {
@@ -287,6 +297,13 @@ def _write_policies(
     user = UserPolicy(service=service, key_service=key_service, worker=worker)
     write_text(site.user_policy, user.to_toml())
     write_text(site.model_policy, ModelPolicy(release=worker, key_service=key_service).to_toml())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _show(site: Site, facts: dict[str, str], *, as_json: bool) -> None:

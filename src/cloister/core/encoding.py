@@ -15,6 +15,7 @@ import cbor2
 from cloister.errors import FormatError
 
 MAX_MESSAGE: Final = 8 << 20  # bytes; the largest message that is decoded as a whole
+MAX_ITEMS: Final = 1 << 17  # in one message, counted flat
 MAX_DEPTH: Final = 32  # nesting of arrays and maps
 
 
@@ -58,6 +59,7 @@ def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_
         raise FormatError(
             f"{what} is too long", claim="length", expected=f"at most {limit} B", actual=len(raw)
         )
+    _require_few(raw, what)
     try:
         value = cbor2.loads(
             raw,
@@ -74,6 +76,20 @@ def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_
     if encode(value) != raw:
         raise FormatError(f"{what} is not in deterministic encoding", code="format.cbor")
     return value
+
+
+def _require_few(raw: bytes, what: str) -> None:
+    """Refuse more items than any message has, before anything is made of them: an item may take one byte."""
+    offset, items = 0, 0
+    while offset < len(raw):
+        items += 1
+        if items > MAX_ITEMS:
+            raise FormatError(f"{what} has too many items", claim="items", expected=f"at most {MAX_ITEMS}")
+        major, extra = raw[offset] >> 5, raw[offset] & 0x1F
+        width = 1 << extra - 24 if 24 <= extra <= 27 else 0
+        if major in (2, 3):  # bytes and text: passed over by their length
+            offset += int.from_bytes(raw[offset + 1 : offset + 1 + width]) if width else extra
+        offset += 1 + width
 
 
 def digest(value: Any) -> bytes:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from cloister.core.protocol.configuration import ROLES, EnclaveConfiguration
+from cloister.core.protocol.configuration import ROLES, EnclaveConfiguration, require_one_anchor
 from cloister.enclave.attester import open_attester
 from cloister.enclave.link import HostLink
 from cloister.enclave.memory import harden
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
         configuration = EnclaveConfiguration.from_bytes((folder / "configuration").read_bytes())
         if configuration.role != role:
             raise UsageError(claim="configuration role", expected=role, actual=configuration.role)
+        require_one_anchor(configuration)
         run(_serve(configuration, folder))
     except CloisterError as error:
         logger.error("%s: %s", error.code, error)

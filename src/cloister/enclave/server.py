@@ -27,6 +27,7 @@ CBOR: Final = b"application/cbor"
 OPERATOR: Final = b"cloister-operator"
 _REQUEST_TYPE: Final = MEDIA_TYPE_REQUEST.encode()
 _RESPONSE_TYPE: Final = MEDIA_TYPE_RESPONSE.encode()
+MAX_WAITING: Final = 64  # requests that wait for a key; more are refused at once
 _KEY_PROBLEM: Final = "https://iana.org/assignments/http-problem-types#ohttp-key"
 
 
@@ -60,11 +61,21 @@ class EnclaveServer:
     Args:
         handler: Routes an inner request. It may raise any `CloisterError`.
         keys: (key id, private key) pairs; `replace_keys` changes them while serving.
+        renew: Asks for newer keys where a request names one that isn't here: its epoch may have begun since
+            the last renewal. It bounds by itself how often it does that.
     """
 
-    def __init__(self, handler: Handler, keys: Iterable[tuple[int, PrivateKey]] = ()) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        keys: Iterable[tuple[int, PrivateKey]] = (),
+        *,
+        renew: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._handler = handler
         self._gateway = Gateway(keys)
+        self._renew = renew
+        self._waiting = 0  # requests whose key may come with a renewal
 
     def replace_keys(self, keys: Iterable[tuple[int, PrivateKey]]) -> None:
         """Serve these keys from the next request on; those left out are forgotten."""
@@ -76,7 +87,7 @@ class EnclaveServer:
         if head.fields.get(b"content-type") != _REQUEST_TYPE:
             return _outer(415, "about:blank", "ohttp.media-type")
         try:
-            exchange, plaintext = self._gateway.open(body)
+            exchange, plaintext = await self._open(body)
         except BindingRefused as error:
             return _outer(400, _KEY_PROBLEM, error.code)
         except CloisterError as error:
@@ -85,6 +96,20 @@ class EnclaveServer:
         return Answer(
             status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True))
         )
+
+    async def _open(self, body: memoryview) -> tuple[Decapsulation, memoryview]:
+        """Open a request, once more after a renewal where its key isn't here."""
+        try:
+            return self._gateway.open(body)
+        except BindingRefused:
+            if self._renew is None or self._waiting >= MAX_WAITING:
+                raise
+        self._waiting += 1
+        try:
+            await self._renew()
+        finally:
+            self._waiting -= 1
+        return self._gateway.open(body)
 
     async def _answer(
         self,

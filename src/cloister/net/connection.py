@@ -115,7 +115,7 @@ class Connection(asyncio.BufferedProtocol):
             self._shared.tap.received(self._tapped, self.get_buffer(-1)[:nbytes])
         if self._state is _State.BODY:
             self._got += nbytes
-            if self._got == len(self._body):
+            if self._hold(nbytes) and self._got == len(self._body):
                 self._dispatch_body()
         elif self._state is not _State.DISCARD:
             if self._filled == 0:
@@ -202,13 +202,12 @@ class Connection(asyncio.BufferedProtocol):
             return self._refuse(413)
         if expect not in (b"", b"100-continue"):
             return self._refuse(417)
-        if shared.buffered + length > shared.limits.max_buffered:
-            return self._refuse(503, ((b"retry-after", b"1"),))
-        shared.buffered += length
-        self._held = length
+        got = min(self._filled - end, length)
+        if not self._hold(got):
+            return None
         self._request = request
-        self._body = memoryview(bytearray(length))
-        self._got = min(self._filled - end, length)
+        self._body = memoryview(bytearray(length))  # zero pages: the system finds memory for what is received
+        self._got = got
         self._body[: self._got] = memoryview(self._head)[end : end + self._got]
         self._drop(end + self._got)
         self._state = _State.BODY
@@ -218,6 +217,18 @@ class Connection(asyncio.BufferedProtocol):
         if expect:
             self._write(http1.CONTINUE)
         return None
+
+    def _hold(self, count: int) -> bool:
+        """Count bytes of bodies that are in memory; refuses the request that goes beyond the limit."""
+        shared = self._shared
+        if shared.buffered + count > shared.limits.max_buffered:
+            self._release()
+            self._request, self._body = None, memoryview(b"")
+            self._refuse(503, ((b"retry-after", b"1"),))
+            return False
+        shared.buffered += count
+        self._held += count
+        return True
 
     def _dispatch_body(self) -> None:
         request, body = cast(Head, self._request), self._body

@@ -18,7 +18,7 @@ class Limits:
         max_body: Largest message body, in bytes.
         max_head: Largest request or response head, in bytes.
         max_fields: Most header fields in one head.
-        max_buffered: Request bodies held in memory at once over all connections, in bytes.
+        max_buffered: Received bytes of request bodies in memory at once, over all connections.
         max_connections: Most connections at once; for a client, per peer.
         head_timeout: Seconds for a head to arrive once its connection, or its first byte, is there.
         body_timeout: Seconds for a body to pass in either direction, on top of one second per 64 KiB.

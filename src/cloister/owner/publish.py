@@ -13,12 +13,13 @@ import httpx
 from cloister.core.encoding import decode, unpack
 from cloister.core.ohttp import hpke
 from cloister.core.ohttp.keyconfig import select
+from cloister.core.protocol.configuration import require_anchor
 from cloister.core.protocol.conversation import Conversation, Flow, Trust, ask_key_service
 from cloister.core.protocol.document import VerifiedDocument
 from cloister.core.protocol.exchange import Publication, Receipt, StatementQuery
 from cloister.core.protocol.release import model_key_info
 from cloister.core.protocol.statement import SealedModel, SignedStatement, Statement
-from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.core.verifier.appraisal import AppraisalPolicy, appraise
 from cloister.errors import CloisterError, NotFound, Rollback, UsageError
 from cloister.net.carry import Carrier
 from cloister.owner.desk import Desk, DeskModel
@@ -89,7 +90,7 @@ class Publisher:
         Raises:
             Refused: the service isn't one that the policy accepts, or it refuses the statement.
         """
-        self.verify()
+        self._require_key_service(self.verify(), policy.key_service)
         model = self._desk.model(name)
         pool = pool or model.pool or self._only_pool()
         self._upload(model.sealed, sealed_file, progress)
@@ -134,7 +135,7 @@ class Publisher:
         self.close()
 
     def _amend(self, name: str, change: Callable[[dict[bytes, int]], dict[bytes, int]]) -> Statement:
-        self.verify()
+        verified = self.verify()
         model = self._desk.model(name)
         current = model.current()
         if current is None or model.pool is None:
@@ -144,6 +145,7 @@ class Publisher:
                 claim=name,
                 hint="Run: cloister owner publish",
             )
+        self._require_key_service(verified, current.key_service)
         statement = self._next(
             model,
             current,
@@ -154,6 +156,11 @@ class Publisher:
             options=current.options,
         )
         return self._send(model, statement, model.pool, with_key=False)
+
+    def _require_key_service(self, verified: VerifiedDocument, policy: AppraisalPolicy) -> None:
+        """Refuse, before a key leaves the desk, a key service that the statement itself doesn't accept."""
+        require_anchor(verified.attested.configuration, policy)
+        appraise(verified.attested.evidence, policy, now=self._now())
 
     def _next(self, model: DeskModel, current: Statement | None, **fields: object) -> Statement:
         return Statement(

@@ -127,6 +127,7 @@ def require_anchor(configuration: EnclaveConfiguration, policy: AppraisalPolicy)
     Raises:
         AppraisalRefused: the configuration is simulated and the policy isn't, or the anchors differ.
     """
+    require_one_anchor(configuration)
     expected = policy.anchors
     if configuration.simulated != expected.is_simulated:
         raise AppraisalRefused(
@@ -145,6 +146,24 @@ def require_anchor(configuration: EnclaveConfiguration, policy: AppraisalPolicy)
             expected=expected.digest.hex(),
             actual=configuration.anchors.digest.hex(),
         )
+
+
+def require_one_anchor(configuration: EnclaveConfiguration) -> None:
+    """Refuse a configuration whose policies trust another root than the one it declares.
+
+    Raises:
+        AppraisalRefused: its pool's or its key service's policy names another trust anchor.
+    """
+    pool, key_service = configuration.pool, configuration.key_service
+    for policy in (pool.policy if pool else None, key_service):
+        if policy is not None and policy.anchors.digest != configuration.anchors.digest:
+            raise AppraisalRefused(
+                "the enclave was configured with policies that trust another root than it declares",
+                code="appraisal.anchor",
+                claim="trust anchor",
+                expected=configuration.anchors.digest.hex(),
+                actual=policy.anchors.digest.hex(),
+            )
 
 
 def _complete(settings: dict[str, Any]) -> dict[str, int]:

@@ -124,6 +124,15 @@ class Conversation:
             verified, possession = yield from self._fetch(now, before)
             if possession.document == verified.digest:
                 break  # otherwise a cache on the way lags behind what the service serves
+        else:
+            raise Rollback(
+                "the host serves another document than the service does",
+                code="rollback.document",
+                claim="service document",
+                expected=possession.document.hex(),
+                actual=verified.digest.hex(),
+                hint="A cache may hold an old copy; try again",
+            )
         self._require_newer(verified, possession)
         self.head, self.verified, self.possession = possession.head, verified, possession
         self.verifications += 1

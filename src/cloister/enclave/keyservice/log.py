@@ -1,8 +1,9 @@
 """The durable log: sealed records in the host's store, a Merkle tree and the state they amount to in memory.
 
-The host orders nothing: records stand at consecutive indices, each sealed under its index, so it can neither
-reorder, swap nor drop one in the middle. It can cut the end off while the service is down; the head that
-somebody saw before then proves it (DESIGN, 4.8).
+The host orders nothing: records stand at consecutive indices, each sealed under its index and the root of the
+log before it. So it can neither reorder, swap nor drop one in the middle, nor join parts of two lines that began
+alike. It can cut the end off while the service is down; the head that somebody saw before then proves it
+(DESIGN, 4.8).
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Log:
                     sealed=sealed,
                     service=self.service,
                     table=LOG_TABLE,
-                    record_key=key,
+                    record_key=self._place(index),
                     version=1,
                 )
             )
@@ -182,10 +183,14 @@ class Log:
             self._state_key,
             service=self.service,
             table=LOG_TABLE,
-            record_key=_key(index),
+            record_key=self._place(index),
             version=1,
             plaintext=entry.to_bytes(),
         )
+
+    def _place(self, index: int) -> bytes:
+        """What a record is sealed under: its index, and everything that was logged before it."""
+        return _key(index) + self.tree.root(index)
 
 
 def _key(index: int) -> bytes:

@@ -311,6 +311,9 @@ class KeyService:
                 )
         finally:
             self._appraising -= 1
+        accepted = attested.configuration.key_service
+        if accepted is not None:  # a worker that would follow another key service gets nothing of this one
+            appraise(self.documents.own_evidence, accepted, now=now)
         configured = attested.configuration.pool
         if (
             configured is None
@@ -330,6 +333,7 @@ class KeyService:
         for model in self.log.state.models_of(pool_id):
             try:
                 appraise(attested.evidence, model.statement.release_policy, now=now)
+                appraise(self.documents.own_evidence, model.statement.key_service, now=now)
             except AppraisalRefused:
                 continue
             admitted.append(model)

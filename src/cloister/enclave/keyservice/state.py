@@ -55,6 +55,8 @@ class State:
     def _apply_statement(self, entry: Entry, index: int) -> None:
         signed = SignedStatement.from_data(entry.body["statement"])
         statement = signed.open()
+        self.require_next(statement)
+        self.require_pool(statement, entry.body["pool"])
         before = self.models.get(statement.model)
         key = entry.secret or (before.key if before else None)
         if key is None:

@@ -15,7 +15,7 @@ from cloister.enclave.clock import HintedClock
 from cloister.enclave.link import HostLink
 from cloister.enclave.server import EnclaveServer
 from cloister.enclave.worker.membership import Membership
-from cloister.enclave.worker.models import ModelCache
+from cloister.enclave.worker.models import ModelCache, slot_name
 from cloister.enclave.worker.routes import WorkerRoutes
 from cloister.errors import CloisterError
 from cloister.net.front import serve as serve_front
@@ -75,7 +75,7 @@ class Worker:
         self.problem = ""
         if self.server is not None:
             self.server.replace_keys(self.membership.private_keys())
-        self._models.retain({live.statement.sealed_model.header for live in self.membership.models.values()})
+        self._models.retain({slot_name(live.statement) for live in self.membership.models.values()})
 
     def health(self) -> Answer:
         """What the host may know: whether requests can be served, and the code of what is in the way."""
@@ -98,7 +98,7 @@ async def serve(
         routes = WorkerRoutes(
             membership, models, clock, executor, queue=settings["queue"], refresh=worker.refresh
         )
-        worker.server = EnclaveServer(routes)
+        worker.server = EnclaveServer(routes, renew=worker.refresh)
         front = await serve_front(
             worker.server.handle, unix=socket, gets={b"/healthz": worker.health}, limits=LIMITS
         )

@@ -143,6 +143,7 @@ class Membership:
         request = HeadRequest(nonce=os.urandom(32), head=self.head)
         challenge = Challenge.from_bytes(await self._ask(document, b"/challenges", request.to_bytes()))
         challenge.head.verify(self.service)
+        self._clock.raise_floor(challenge.head.time)
         challenge.head.require_extends(self.head, list(challenge.consistency))
         if document.head.size > challenge.head.size:
             raise Rollback(

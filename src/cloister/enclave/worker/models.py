@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cloister.core.oip import DTYPES, Array
-from cloister.core.protocol.statement import SealedModel
+from cloister.core.protocol.statement import SealedModel, Statement
 from cloister.core.sealing.header import PREFIX_SIZE, SealedHeader, header_size
 from cloister.core.sealing.unseal import Unsealer
 from cloister.enclave.link import HostLink
@@ -120,6 +120,9 @@ class LoadedModel:
         return dict(zip(names, results, strict=True))
 
 
+SlotName = tuple[str, bytes, bytes]
+
+
 @dataclass(slots=True)
 class _Slot:
     """A model's place: taken, with its bytes, before the model is there."""
@@ -130,8 +133,13 @@ class _Slot:
     users: int = 0  # that wait for it or use it
 
 
+def slot_name(statement: Statement) -> SlotName:
+    """A model's place: by its id too, for anybody may name a public header in a statement."""
+    return statement.model, statement.sealed_model.header, statement.sealed_model.blob
+
+
 class ModelCache:
-    """Opened models within a memory budget. Keyed by sealed-model header, so a new version is another model.
+    """Opened models within a memory budget. A new sealed version is another model.
 
     Args:
         link: Where sealed models come from.
@@ -141,14 +149,15 @@ class ModelCache:
     def __init__(self, link: HostLink, *, budget: int) -> None:
         self._link = link
         self._budget = budget
-        self._slots: OrderedDict[bytes, _Slot] = OrderedDict()
+        self._slots: OrderedDict[SlotName, _Slot] = OrderedDict()
 
     @asynccontextmanager
     async def use(self, live: LiveModel) -> AsyncIterator[tuple[LoadedModel, bool]]:
         """A model, loaded first where it isn't (then the flag is True), and pinned while in use."""
         sealed = live.statement.sealed_model
-        slot = self._slots.get(sealed.header) or self._reserve(sealed)
-        self._slots.move_to_end(sealed.header)
+        name = slot_name(live.statement)
+        slot = self._slots.get(name) or self._reserve(name, sealed)
+        self._slots.move_to_end(name)
         slot.users += 1
         try:
             async with slot.lock:
@@ -159,14 +168,14 @@ class ModelCache:
             yield model, fresh
         finally:
             slot.users -= 1
-            if slot.model is None and not slot.users and self._slots.get(sealed.header) is slot:
-                del self._slots[sealed.header]
+            if slot.model is None and not slot.users and self._slots.get(name) is slot:
+                del self._slots[name]
 
-    def retain(self, headers: set[bytes]) -> None:
-        """Drop idle models whose statements are gone."""
-        for header, slot in list(self._slots.items()):
-            if header not in headers and not slot.users:
-                del self._slots[header]
+    def retain(self, names: set[SlotName]) -> None:
+        """Drop idle models whose statements are gone; ``names`` are those of `slot_name`."""
+        for name, slot in list(self._slots.items()):
+            if name not in names and not slot.users:
+                del self._slots[name]
 
     @property
     def held(self) -> int:
@@ -196,7 +205,7 @@ class ModelCache:
             build_seconds=built - opened,
         )
 
-    def _reserve(self, sealed: SealedModel) -> _Slot:
+    def _reserve(self, name: SlotName, sealed: SealedModel) -> _Slot:
         """Take room for a model, from the idle ones that were used longest ago; raises Overloaded."""
         if sealed.size > self._budget:
             raise Overloaded(
@@ -206,16 +215,16 @@ class ModelCache:
                 expected=f"at most {self._budget} B",
                 actual=f"{sealed.size} B",
             )
-        for header, slot in list(self._slots.items()):
+        for other, slot in list(self._slots.items()):
             if self.held + sealed.size <= self._budget:
                 break
             if not slot.users:
-                del self._slots[header]
+                del self._slots[other]
         if self.held + sealed.size > self._budget:
             raise Overloaded(
                 "every model in memory is in use", code="overloaded.memory", claim="memory budget"
             )
-        slot = self._slots[sealed.header] = _Slot(size=sealed.size)
+        slot = self._slots[name] = _Slot(size=sealed.size)
         return slot
 
     async def _open(self, live: LiveModel, sealed: SealedModel) -> dict[str, memoryview]:

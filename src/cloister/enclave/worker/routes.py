@@ -133,15 +133,15 @@ class WorkerRoutes:
             service=membership.service, pool=membership.pool_id, epoch=key.epoch, model=model, enc=request.enc
         )
         authorization.verify(context, now=now)  # step 2
-        self._replays.admit(
+        live = await self._current(model, authorization.statement)  # step 3
+        live.statement.require_grant(authorization.user, now)
+        self._replays.admit(  # after the grant: strangers leave nothing behind
             enc=hashlib.sha256(request.enc).digest(),
             user=authorization.user,
             request_id=authorization.request_id,
             expiry=authorization.expiry,
             now=now,
         )
-        live = await self._current(model, authorization.statement)  # step 3
-        live.statement.require_grant(authorization.user, now)
         membership.spend()
         return live
 

@@ -1,0 +1,113 @@
+"""Short runs of every benchmark: the last line is the JSON object that DESIGN, section 12, promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.__main__ import BENCHMARKS, PUBLISHED, command  # noqa: E402
+from benchmarks.models import IMAGE, bare_session, locate, sample  # noqa: E402
+from benchmarks.report import Report, Rows, percentile, rounded  # noqa: E402
+
+SHORT = {
+    "overhead": ("--model", "digits", "--runs", "3"),
+    "attestation": ("--runs", "2", "--largest-batch", "16"),
+    "sealing": ("--mib", "2", "--runs", "2"),
+}
+FIGURES = {
+    "overhead": {
+        "bare_ms_p50",
+        "confidential_ms_p50",
+        "added_ms_p50",
+        "added_ms_p99",
+        "ratio_p50",
+        "verify_full_ms_p50",
+        "verify_cached_us_p50",
+        "transport_ms_p50",
+    },
+    "attestation": {
+        "verify_quote_ms_p50",
+        "verify_full_ms_p50",
+        "verify_cached_us_p50",
+        "possession_single_us_p50",
+        "possession_batched_us_p50",
+    },
+    "sealing": {"seal_gb_per_s", "open_streamed_gb_per_s", "open_new_gb_per_s", "ratio_open_p50"},
+}
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_last_line_is_the_promised_object(name: str) -> None:
+    found = last_line(bench(name, *SHORT[name]))
+    assert found["benchmark"] == name
+    assert found["runs"] == int(SHORT[name][SHORT[name].index("--runs") + 1])
+    assert {"processor", "cores", "memory_gib", "python", "tee"} <= found["machine"].keys()
+    assert FIGURES[name] <= found.keys()
+    assert all(found[figure] > 0 for figure in FIGURES[name])
+
+
+def test_every_benchmark_is_tested_and_published() -> None:
+    assert BENCHMARKS.keys() == SHORT.keys() == {name for name, *_ in PUBLISHED}
+
+
+def test_an_unknown_benchmark_is_wrong_usage() -> None:
+    done = bench("nonesuch")
+    assert done.returncode == 2
+    assert "nonesuch" in done.stderr
+
+
+def test_the_synthetic_model_takes_the_input_that_the_design_speaks_of(tmp_path: Path) -> None:
+    session = bare_session(locate("synthetic", tmp_path))
+    (image,) = sample(session).values()
+    assert (image.shape, image.nbytes) == (IMAGE, 602_112)
+    assert session.get_session_options().intra_op_num_threads == 1
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 50), (0.99, 99), (1.0, 100), (0.001, 1)])
+def test_percentiles_are_nearest_rank(share: float, expected: int) -> None:
+    assert percentile(list(range(100, 0, -1)), share) == expected
+
+
+def test_figures_are_rounded_and_the_rest_is_kept() -> None:
+    assert rounded({"a": 1234.5678, "b": [0.000123456], "c": "x", "d": 7}) == {
+        "a": 1235,
+        "b": [0.0001235],
+        "c": "x",
+        "d": 7,
+    }
+
+
+def test_a_report_as_markdown_names_the_command() -> None:
+    table = Rows(title="T", columns=("a", "b ms"), rows=(("x", 1.23456),))
+    report = Report(benchmark="n", runs=1, figures={"b_ms": 1.0}, tables=(table,), setting="S.")
+    assert report.to_markdown(command("n", ("--model", "digits"))) == (
+        '## n\n\n`make bench BENCH=n ARGS="--model digits"`\n\nS.\n\nT:\n\n'
+        "| a | b ms |\n|---|--:|\n| x | 1.235 |\n"
+    )
