@@ -22,7 +22,7 @@ _IR_VERSION: Final = 10
 
 
 def locate(model: str, folder: Path) -> Path:
-    """The ``.onnx`` file that ``--model`` names: an example, a path, or the synthetic one (``folder`` gets it)."""
+    """The file that ``--model`` names: an example, a path, or the synthetic one, written to ``folder``."""
     if model == SYNTHETIC:
         path = folder / "synthetic.onnx"
         onnx.save(convolutions(), path)

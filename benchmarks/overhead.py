@@ -1,8 +1,9 @@
 """Bare ONNX Runtime and the whole confidential path, the same model, interleaved in one run.
 
 Bare is a call of the session in this process. Confidential is `Client.infer`: signature, encapsulation,
-gateway, worker enclave (each a process of its own), checks of grant and lease, the same run, the sealed answer.
-Each pair of calls has one difference; ``added`` is a percentile of these, as ``ratio`` is of the quotients.
+gateway, worker enclave (each a process of its own), checks of grant and lease, the same run, the sealed
+answer. Each pair of calls has one difference; ``added`` is a percentile of these, as ``ratio`` is of the
+quotients.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _measure(
             Rows(title="One request", columns=("path", "p50 ms", "p90 ms", "p99 ms"), rows=times),
             Rows(title="Where a confidential request's time goes", columns=("stage", "p50 ms"), rows=where),
         ),
-        setting=f"Model {figures['model']}, input of {size:,} B; one request at a time, one thread for each run.",
+        setting=f"Model {figures['model']}, input of {size:,} B; one request at a time, on one thread.",
     )
 
 

@@ -1,7 +1,7 @@
 """Sealing and opening a model piece by piece, as the owner writes it and as a worker reads it.
 
-Beside them, in the same run: AES-256-GCM alone over the same bytes. All of it in memory that is already there,
-except where new memory is part of the work.
+Beside them, in the same run: AES-256-GCM alone over the same bytes. All of it in memory that is there
+already, except where new memory is part of the work.
 """
 
 from __future__ import annotations

@@ -235,6 +235,17 @@ class TestExchange:
         assert len(worker.said()) == said
 
 
+def test_a_worker_that_is_cut_off_stops_with_its_lease_and_comes_back(
+    worker: MaliciousWorker, brisk: World
+) -> None:
+    worker.wire.on(KEY_SERVICE, "request", drop, times=10**6)
+    started = time.monotonic()
+    eventually(lambda: not worker.health()["ready"], "the lease runs out")
+    assert time.monotonic() - started < brisk.settings["lease_seconds"] + 1
+    worker.wire.behave()
+    eventually(worker.healthy, "it joins again")
+
+
 def test_a_replayed_release_request_is_refused_by_name(worker: MaliciousWorker, brisk: World) -> None:
     """The key service answers a copy, but with a refusal: its challenge is spent."""
     import httpx

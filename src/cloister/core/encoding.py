@@ -15,7 +15,7 @@ import cbor2
 from cloister.errors import FormatError
 
 MAX_MESSAGE: Final = 8 << 20  # bytes; the largest message that is decoded as a whole
-MAX_ITEMS: Final = 1 << 17  # in one message, counted flat
+MAX_ITEMS: Final = 1 << 18  # in one message, counted flat; a document of 8192 models has 140,000
 MAX_DEPTH: Final = 32  # nesting of arrays and maps
 
 

@@ -236,7 +236,8 @@ def _plain(url: str) -> _Plain | None:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise _bad_url(url) from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.port == 0:
+    port_exists = parsed.port is None or 0 < parsed.port < 65536
+    if parsed.scheme not in ("http", "https") or not parsed.host or not port_exists:
         raise _bad_url(url)
     if parsed.scheme == "https" or parsed.userinfo or parsed.query:
         return None

@@ -56,8 +56,8 @@ class EnclaveConfiguration:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError(claim="configuration role", expected=ROLES, actual=self.role)
-        worker = self.role == "worker"
-        if worker != (self.service is not None and self.pool is not None and self.key_service is not None):
+        named = [part is not None for part in (self.service, self.pool, self.key_service)]
+        if named != [self.role == "worker"] * 3:
             raise UsageError(
                 "a worker, and only a worker, names its service, pool and key service", claim="configuration"
             )

@@ -1,8 +1,8 @@
 """The durable log: sealed records in the host's store, a Merkle tree and the state they amount to in memory.
 
 The host orders nothing: records stand at consecutive indices, each sealed under its index and the root of the
-log before it. So it can neither reorder, swap nor drop one in the middle, nor join parts of two lines that began
-alike. It can cut the end off while the service is down; the head that somebody saw before then proves it
+log before it. So it can neither reorder, swap nor drop one in the middle, nor join parts of two lines that
+began alike. It can cut the end off while the service is down; the head that somebody saw then proves it
 (DESIGN, 4.8).
 """
 

@@ -1,0 +1,402 @@
+"""The carriers: connections of their own for encapsulated requests, httpx for the rest, none sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister.errors import TransportError, UsageError
+from cloister.net.carry import MAX_ANSWER, AsyncCarrier, Carrier
+from cloister.net.front import serve
+from cloister.net.messages import Answer, Head, Limits
+from cloister.net.wire import Wire
+
+FIELDS = ((b"content-type", b"message/ohttp-req"),)
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: a/b\r\ncontent-length: 3\r\n\r\nabc"
+
+
+@dataclass
+class Post:
+    body: bytes | bytearray = b"sealed"
+    method: bytes = b"POST"
+    target: bytes = b"/ohttp"
+    fields: tuple[tuple[bytes, bytes], ...] = FIELDS
+
+
+@dataclass
+class Server:
+    """Answers each request with the next of its lines; None closes the connection, a function is called."""
+
+    lines: list[Any]
+    port: int = 0
+    requests: list[bytes] = field(default_factory=list)
+    connections: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def run(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                stream, _ = listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self.serve, args=(stream,), daemon=True).start()
+
+    def serve(self, stream: socket.socket) -> None:
+        with stream, contextlib.suppress(OSError):
+            while (request := read_request(stream)) and self.lines:
+                self.requests.append(request)
+                line = self.lines.pop(0)
+                if line is None:
+                    return
+                if callable(line):
+                    line(stream)
+                else:
+                    stream.sendall(line)
+
+
+def read_request(stream: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = stream.recv(65536)
+        if not piece:
+            return b""
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
+    while len(body) < length:
+        body += stream.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+@contextmanager
+def server(*lines: Any) -> Iterator[Server]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        made = Server(list(lines), listener.getsockname()[1])
+        thread = threading.Thread(target=made.run, args=(listener,), daemon=True)
+        thread.start()
+        yield made
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+@contextmanager
+def carrier(url: str, **options: Any) -> Iterator[Carrier]:
+    made = Carrier(url, **options)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def wire(port: int, **options: Any) -> Iterator[Wire]:
+    made = Wire("127.0.0.1", port, **{"limits": Limits(max_body=1000, max_head=500), **options})
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def post(made: Wire, body: bytes = b"sealed", timeout: float = 5) -> Answer:
+    return made.request(b"POST", b"/ohttp", FIELDS, body, timeout=timeout)
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+# What is refused.
+
+BAD = {
+    "chunks": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", "transport.format"),
+    "no length": (b"HTTP/1.1 200 OK\r\n\r\nabc", "transport.format"),
+    "two lengths": (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
+        "transport.format",
+    ),
+    "not HTTP": (b"hello\r\n\r\n", "transport.format"),
+    "another protocol": (b"HTTP/1.1 101 Switching\r\n\r\n", "transport.format"),
+    "large head": (b"HTTP/1.1 200 OK\r\nx: " + b"a" * 600, "transport.format"),
+    "1 TiB": (b"HTTP/1.1 200 OK\r\ncontent-length: 1099511627776\r\n\r\n", "transport.too-large"),
+    "truncated head": (b"HTTP/1.1 200 OK\r\ncont", "transport.closed"),
+    "truncated body": (b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n123456789", "transport.closed"),
+    "nothing": (b"", "transport.closed"),
+}
+
+
+@pytest.mark.parametrize(("line", "code"), BAD.values(), ids=BAD.keys())
+def test_refused_answer(line: bytes, code: str) -> None:
+    def answer(stream: socket.socket) -> None:
+        stream.sendall(line)
+        stream.shutdown(socket.SHUT_RDWR)
+
+    with server(answer, OK) as peer, wire(peer.port) as made:
+        with pytest.raises(TransportError) as caught:
+            post(made)
+        assert (caught.value.code, caught.value.sent) == (code, True)
+        assert len(peer.requests) == 1  # it was not sent again
+        assert post(made).body == b"abc"  # on a new connection
+        assert peer.connections == 2
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host", "host:80", "", "http://", "http://h:0", "http://h:99999", "file:///x"]
+)
+@pytest.mark.parametrize("kind", [Carrier, AsyncCarrier])
+def test_a_url_of_another_kind_is_refused(kind: Callable[[str], Any], url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        kind(url)
+    assert caught.value.code == "net.url"
+
+
+def test_nobody_listens() -> None:
+    with carrier(f"http://127.0.0.1:{closed_port()}") as made, pytest.raises(TransportError) as caught:
+        made.send(Post())
+    assert (caught.value.code, caught.value.sent) == ("transport.connect", False)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 64 + ".invalid"])
+def test_a_host_that_has_no_address(host: str) -> None:
+    with carrier(f"http://{host}") as made, pytest.raises(TransportError) as caught:
+        made.send(Post())
+    assert (caught.value.code, caught.value.sent) == ("transport.connect", False)
+
+
+def test_silence_is_a_timeout() -> None:
+    with (
+        server(lambda stream: time.sleep(0.5)) as peer,
+        wire(peer.port, silence=0.1) as made,
+        pytest.raises(TransportError) as caught,
+    ):
+        post(made)
+    assert (caught.value.code, caught.value.sent) == ("transport.timeout", True)
+
+
+def test_an_answer_that_drips_is_a_timeout() -> None:
+    def drip(stream: socket.socket) -> None:
+        for byte in OK:
+            stream.sendall(bytes([byte]))
+            time.sleep(0.02)
+
+    with server(drip) as peer, wire(peer.port) as made, pytest.raises(TransportError) as caught:
+        post(made, timeout=0.2)
+    assert (caught.value.code, caught.value.sent) == ("transport.timeout", True)
+
+
+def test_a_body_that_nobody_reads_is_a_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        port = deaf.getsockname()[1]
+        with wire(port, silence=0.2) as made, pytest.raises(TransportError) as caught:
+            post(made, bytes(64 << 20))
+    assert (caught.value.code, caught.value.sent) == ("transport.timeout", True)
+
+
+def test_a_field_that_would_break_the_head_is_refused_before_anything_is_sent() -> None:
+    with server() as peer, wire(peer.port) as made:
+        with pytest.raises(UsageError):
+            made.request(b"POST", b"/ohttp", ((b"x", b"a\r\nb: c"),), b"", timeout=5)
+        assert peer.connections == 0
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=60, deadline=None)
+def test_any_bytes_give_an_answer_or_our_error(line: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        from cloister.net.wire import _Connection
+
+        theirs.sendall(line)
+        theirs.shutdown(socket.SHUT_WR)
+        try:
+            answer, _ = _Connection(ours, Limits(max_body=100)).receive(b"POST", time.monotonic() + 5)
+        except TransportError:
+            return
+        assert len(answer.body) <= 100
+
+
+# Once or not at all.
+
+
+def test_a_kept_connection_that_was_closed_is_replaced_before_anything_is_sent() -> None:
+    def answer_then_close(stream: socket.socket) -> None:
+        stream.sendall(OK)
+        stream.shutdown(socket.SHUT_RDWR)
+
+    with server(answer_then_close, OK) as peer, wire(peer.port) as made:
+        assert post(made).status == 200
+        time.sleep(0.05)
+        assert post(made).status == 200
+        assert peer.connections == 2
+        assert len(peer.requests) == 2
+
+
+def test_a_connection_closed_after_the_request_was_sent_is_an_error_and_no_second_request() -> None:
+    with server(OK, None, OK) as peer, wire(peer.port) as made:
+        assert post(made).status == 200
+        with pytest.raises(TransportError) as caught:
+            post(made)
+        assert (caught.value.code, caught.value.sent) == ("transport.closed", True)
+        assert len(peer.requests) == 2
+
+
+def test_bytes_that_nobody_asked_for_are_never_taken_for_an_answer() -> None:
+    with (
+        server(OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil", OK) as peer,
+        wire(peer.port) as made,
+    ):
+        assert post(made).body == b"abc"
+        assert post(made).body == b"abc"
+        assert peer.connections == 2
+
+
+def test_a_refusal_before_the_whole_request_was_read_is_the_answer() -> None:
+    async def main() -> None:
+        async def never(head: Head, body: memoryview) -> Answer:
+            raise AssertionError
+
+        front = await serve(never, limits=Limits(max_body=10))
+        with wire(front.port) as made:
+            answer = await asyncio.to_thread(post, made, bytes(300_000))
+        assert answer.status == 413
+        await front.close()
+
+    asyncio.run(main())
+
+
+# What holds.
+
+
+def test_connections_are_kept_and_reused() -> None:
+    with server(OK, OK, OK) as peer, wire(peer.port) as made:
+        for _ in range(3):
+            assert post(made) == Answer(status=200, body=b"abc", content_type=b"a/b")
+        assert peer.connections == 1
+
+
+def test_a_server_that_says_close_is_believed() -> None:
+    closing = OK.replace(b"content-type", b"connection: close\r\ncontent-type")
+    with server(closing, OK) as peer, wire(peer.port) as made:
+        assert post(made).status == 200
+        assert post(made).status == 200
+        assert peer.connections == 2
+
+
+def test_informational_and_empty_answers() -> None:
+    with (
+        server(b"HTTP/1.1 103 Early\r\n\r\n" + OK, b"HTTP/1.1 204 No\r\n\r\n") as peer,
+        wire(peer.port) as made,
+    ):
+        assert post(made).body == b"abc"
+        assert post(made) == Answer(status=204, body=b"")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000, 5 << 20])
+def test_bodies_pass_unchanged_both_ways(size: int) -> None:
+    async def main() -> None:
+        async def echo(head: Head, body: memoryview) -> Answer:
+            assert head.fields[b"content-type"] == FIELDS[0][1]
+            return Answer(status=200, body=body, content_type=b"a/b")
+
+        front = await serve(echo)
+        body = bytearray(size)
+        body[::97] = b"x" * len(body[::97])
+        url = f"http://127.0.0.1:{front.port}"
+        with carrier(url) as made:
+            for _ in range(2):
+                answer = await asyncio.to_thread(made.send, Post(body=body))
+                assert (answer.status, answer.body, answer.content_type) == (200, body, b"a/b")
+        other = AsyncCarrier(url)
+        for _ in range(2):
+            answer = await other.send(Post(body=body))
+            assert (answer.status, answer.body, answer.content_type) == (200, body, b"a/b")
+        await other.aclose()
+        await front.close()
+
+    asyncio.run(main())
+
+
+def test_host_and_prefix_follow_from_the_url() -> None:
+    with server(OK) as peer, carrier(f"{peer.url}/behind/a/proxy/") as made:
+        made.send(Post())
+        head = peer.requests[0].partition(b"\r\n\r\n")[0]
+    assert head.startswith(b"POST /behind/a/proxy/ohttp HTTP/1.1\r\n")
+    assert f"host: 127.0.0.1:{peer.port}".encode() in head
+    assert head.lower().count(b"\r\nhost:") == 1
+
+
+def test_only_encapsulated_requests_take_the_short_way() -> None:
+    with server(OK, OK) as peer, carrier(peer.url) as made:
+        assert made.send(Post(method=b"GET", target=b"/.well-known/cloister", body=b"")).body == b"abc"
+        assert made.send(Post()).body == b"abc"
+        assert b"user-agent: python-httpx" in peer.requests[0].lower()
+        assert b"httpx" not in peer.requests[1]
+
+
+def test_a_transport_of_the_callers_own_carries_everything() -> None:
+    seen = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.path)
+        return httpx.Response(200, stream=httpx.ByteStream(b"abc"))
+
+    with carrier("http://nowhere.invalid", transport=httpx.MockTransport(handle)) as made:
+        assert made.send(Post()).body == b"abc"
+    assert seen == ["/ohttp"]
+
+
+@pytest.mark.parametrize("url", ["https://127.0.0.1:{}", "http://user:secret@127.0.0.1:{}"])
+def test_tls_and_passwords_are_httpx_work(url: str) -> None:
+    with (
+        carrier(url.format(closed_port())) as made,
+        pytest.raises(TransportError) as caught,
+    ):
+        made.send(Post())
+    assert caught.value.actual == "ConnectError"
+
+
+def test_a_closed_carrier_says_so() -> None:
+    made = Carrier("http://127.0.0.1:9")
+    made.close()
+    with pytest.raises(TransportError) as caught:
+        made.send(Post())
+    assert (caught.value.code, caught.value.sent) == ("transport.closed", False)
+
+
+def test_an_answer_may_be_as_large_as_is_said() -> None:
+    assert MAX_ANSWER > 64 << 20
+
+
+def test_threads_may_share_a_wire() -> None:
+    async def main() -> None:
+        async def echo(head: Head, body: memoryview) -> Answer:
+            await asyncio.sleep(0.001)
+            return Answer(status=200, body=body)
+
+        front = await serve(echo)
+        with wire(front.port) as made:
+
+            def ask(number: int) -> bool:
+                body = b"%d" % number * 50
+                return all(post(made, body).body == body for _ in range(20))
+
+            assert all(await asyncio.gather(*(asyncio.to_thread(ask, n) for n in range(8))))
+        await front.close()
+
+    asyncio.run(main())
