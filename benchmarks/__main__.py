@@ -60,7 +60,7 @@ def publish() -> int:
         console.rule(shlex.join((name, *rest)))
         report = measure(name, rest)
         report.show()
-        sections.append(report.to_markdown(command(name, rest)))
+        sections.append(report.to_markdown(shlex.join((name, *rest)), command(name, rest)))
         results.append(report.to_dict())
     DOCUMENT.parent.mkdir(exist_ok=True)
     DOCUMENT.write_text("\n".join(sections), encoding="utf-8")

@@ -107,7 +107,7 @@ def test_figures_are_rounded_and_the_rest_is_kept() -> None:
 def test_a_report_as_markdown_names_the_command() -> None:
     table = Rows(title="T", columns=("a", "b ms"), rows=(("x", 1.23456),))
     report = Report(benchmark="n", runs=1, figures={"b_ms": 1.0}, tables=(table,), setting="S.")
-    assert report.to_markdown(command("n", ("--model", "digits"))) == (
-        '## n\n\n`make bench BENCH=n ARGS="--model digits"`\n\nS.\n\nT:\n\n'
+    assert report.to_markdown("n digits", command("n", ("--model", "digits"))) == (
+        '## n digits\n\n`make bench BENCH=n ARGS="--model digits"`\n\nS.\n\nT:\n\n'
         "| a | b ms |\n|---|--:|\n| x | 1.235 |\n"
     )

@@ -179,6 +179,20 @@ def test_a_host_that_has_no_address(host: str) -> None:
     assert (caught.value.code, caught.value.sent) == ("transport.connect", False)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "a" * 64 + ".invalid"])
+def test_nobody_answers_the_async_carrier(host: str) -> None:
+    async def main() -> None:
+        made = AsyncCarrier(f"http://{host}:{closed_port()}")
+        with pytest.raises(TransportError) as caught:
+            await made.send(Post())
+        assert (caught.value.code, caught.value.sent) == ("transport.connect", False)
+        await made.aclose()
+        with pytest.raises(TransportError):
+            await made.send(Post())
+
+    asyncio.run(main())
+
+
 def test_silence_is_a_timeout() -> None:
     with (
         server(lambda stream: time.sleep(0.5)) as peer,

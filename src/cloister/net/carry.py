@@ -163,6 +163,7 @@ class AsyncCarrier:
 
     async def aclose(self) -> None:
         """Close the connections."""
+        self._plain = None  # a request after this is httpx's to refuse
         await self._http.aclose()
         if self._link is not None:
             await self._link.aclose()

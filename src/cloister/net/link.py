@@ -155,7 +155,7 @@ class Upstream:
                 _, exchange = await loop.create_unix_connection(self._exchange, str(self.peer.unix))
             else:
                 _, exchange = await loop.create_connection(self._exchange, self.peer.host, self.peer.port)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name that is no host name fails in its encoding
             message = f"can't connect to {self.peer}"
             raise TransportError(message, code="transport.connect", sent=False) from error
         self._busy.add(exchange)

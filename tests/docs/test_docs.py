@@ -1,0 +1,258 @@
+"""The documents are true of the code: links resolve, the example runs, the tables are complete."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+import cloister
+from cloister.core.verifier.appraisal import AppraisalPolicy
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path(cloister.__file__).resolve().parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_CODE_ROW = re.compile(r"^\| `([a-z0-9_.-]+)` \|", re.MULTILINE)
+_DEPENDENCY_ROW = re.compile(r"^\| `([A-Za-z0-9_.-]+)` \| (.*) \|$", re.MULTILINE)
+_PORT = "8440"
+
+
+def prose(path: Path) -> str:
+    """A document without its code blocks."""
+    return _BLOCK.sub("", path.read_text(encoding="utf-8"))
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link into a document may name: its headings as a forge spells them."""
+    headings = re.findall(r"^#{1,6} (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve(path: Path) -> None:
+    for link in _LINK.findall(prose(path)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = unquote(link).partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), f"{link} leads nowhere"
+        assert target.is_relative_to(ROOT), f"{link} leaves the repository"
+        if anchor:
+            assert anchor in anchors(target), f"{link}: no such heading"
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("architecture", "protocol", "threat-model", "dependencies", "errors"):
+        assert f"(docs/{name}.md)" in readme
+    for name in ("LIMITATIONS.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"):
+        assert f"({name})" in readme
+
+
+def test_every_decision_stands_in_the_index() -> None:
+    folder = ROOT / "docs" / "adr"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    for path in folder.glob("[0-9]*.md"):
+        assert f"({path.name})" in index
+        text = path.read_text(encoding="utf-8")
+        assert all(f"\n## {part}\n" in text for part in ("Context", "Decision", "Consequences")), path.name
+
+
+def test_the_make_targets_that_the_readme_names_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test", "lint", "bench"} <= set(re.findall(r"\bmake ([a-z]+)", readme)) <= rules
+
+
+# Dependencies
+
+
+def dependencies() -> set[str]:
+    """Names of everything that pyproject.toml asks for directly."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = table["project"]
+    lists = [
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+        table["build-system"]["requires"],
+    ]
+    lists += table["dependency-groups"].values()
+    found = {
+        re.split(r"[\[<>=!~ ;]", item, maxsplit=1)[0] for each in lists for item in each if type(item) is str
+    }
+    return found - {project["name"]}
+
+
+def test_every_dependency_has_its_line_and_every_line_its_dependency() -> None:
+    rows = dict(_DEPENDENCY_ROW.findall((ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")))
+    assert rows.keys() == dependencies()
+    for name, row in rows.items():
+        cells = [cell.strip() for cell in row.split(" | ")]
+        assert len(cells) == 3, name
+        assert all(cells), name
+        assert cells[2].split()[0] in ("yes", "no", "worker"), f"{name}: inside an enclave or not?"
+
+
+def test_what_enclaves_are_made_of_is_marked() -> None:
+    from cloister.sim.image import ROLES
+
+    rows = dict(_DEPENDENCY_ROW.findall((ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")))
+    service = set(ROLES["key-service"].distributions)
+    worker = set(ROLES["worker"].distributions)
+    for name, row in rows.items():
+        wanted = "yes" if name in service else "worker" if name in worker else "no"
+        assert row.split(" | ")[-1].split()[0] == wanted, name
+
+
+# Error codes
+
+
+def trees() -> Iterator[ast.Module]:
+    for path in SOURCE.rglob("*.py"):
+        yield ast.parse(path.read_text(encoding="utf-8"))
+
+
+def literals() -> set[str]:
+    """Every string in the source, and the constant parts of formatted ones."""
+    return {
+        node.value
+        for tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def raised() -> set[str]:
+    """Codes that the source gives literally: ``code="..."`` and the classes' defaults."""
+    found: set[str] = set()
+    for tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "code":
+                values = (
+                    [node.value.body, node.value.orelse]
+                    if isinstance(node.value, ast.IfExp)
+                    else [node.value]
+                )
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "default_code":
+                values = [node.value]
+            else:
+                continue
+            found |= {value.value for value in values if isinstance(value, ast.Constant) and value.value}
+    return found
+
+
+def exists(code: str, strings: set[str]) -> bool:
+    """Whether the source can give this code: literally, or made of a claim, a policy's field or a status."""
+    if code in strings:
+        return True
+    family, _, rest = code.partition(".")
+    if family == "policy":
+        return rest in {field.name for field in fields(AppraisalPolicy)} | strings
+    if family in ("appraisal", "binding"):
+        return any(text.strip(" (").split("  ")[0] in (rest, rest.replace("-", " ")) for text in strings)
+    return family == "http" and re.fullmatch(r"[45]\d\d", rest) is not None
+
+
+def listed() -> list[str]:
+    return _CODE_ROW.findall((ROOT / "docs" / "errors.md").read_text(encoding="utf-8"))
+
+
+def test_every_listed_code_exists() -> None:
+    strings = literals()
+    assert len(listed()) > 100
+    assert [code for code in listed() if not exists(code, strings)] == []
+    assert not exists("binding.no-such-thing", strings)
+    assert not exists("appraisal.no-such-thing", strings)
+
+
+def test_every_code_is_listed_once() -> None:
+    assert len(listed()) == len(set(listed()))
+    assert sorted(raised() - set(listed())) == [], "add a line to docs/errors.md"
+
+
+# The README's example
+
+
+@pytest.mark.timeout(180)
+def test_the_readme_example_runs_as_written() -> None:
+    """The operator's block runs behind, then the people's, then the program; only the port differs."""
+    port = _free_port()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace(_PORT, str(port))
+    section = readme[readme.index("## Try it by hand") :]
+    (_, operator), (_, people), (language, program) = _BLOCK.findall(section)[:3]
+    assert language == "python"
+    assert len(program.splitlines()) == 12
+    folder = Path(tempfile.mkdtemp(prefix="cloister-docs-"))  # short: Unix sockets lie below it
+    service = None
+    try:
+        (folder / "examples").symlink_to(ROOT / "examples")
+        service = subprocess.Popen(
+            ["bash", "-c", _shell(operator)],
+            cwd=folder,
+            env=_environment(),
+            start_new_session=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        _wait_for(folder / "var" / "user-policy.toml", service)
+        done = _run(["bash", "-euc", _shell(people)], folder)
+        assert "digits" in done
+        answer = _run([sys.executable, "-c", program], folder)
+        assert "[ok] mr_enclave: " in answer
+        assert answer.splitlines()[-1] == "this is a 0"
+    finally:
+        if service is not None:
+            os.killpg(service.pid, signal.SIGTERM)
+            service.communicate(timeout=40)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shell(block: str) -> str:
+    """A block of the README, with this interpreter's environment instead of the one that it activates."""
+    lines = [line for line in block.splitlines() if line != ". .venv/bin/activate"]
+    python = f'"{sys.executable}"'
+    functions = f'cloister() {{ {python} -m cloister.cli "$@"; }}\npython() {{ {python} "$@"; }}\n'
+    return functions + "\n".join(lines)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(SOURCE.parent), "NO_COLOR": "1", "COLUMNS": "200"}
+
+
+def _run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 90
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < until, "the service did not come up"
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
