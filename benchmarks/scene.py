@@ -15,6 +15,7 @@ from typing import Final
 from cloister import Client, Identity, UserPolicy
 from cloister.cli.site import Site
 from cloister.cli.up import Service, bring_up
+from cloister.errors import NotFound
 from cloister.owner.desk import Desk
 from cloister.owner.policy import ModelPolicy
 from cloister.owner.publish import Publisher
@@ -22,6 +23,7 @@ from cloister.owner.seal import seal_model
 
 NAME: Final = "model"
 _DAY: Final = 86400  # seconds
+_PATIENCE: Final = 20.0  # seconds for a worker to learn of the model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,4 +71,20 @@ def _published(root: Path, site: Site, url: str, model: Path) -> Scene:
     with Publisher(desk, url, service=policy.service, key_service=policy.key_service) as publisher:
         publisher.publish(NAME, ModelPolicy.from_toml(site.model_policy.read_text()), sealed)
         publisher.grant(NAME, identity.user_id(desk.owner), int(time.time()) + _DAY)
-    return Scene(url=url, model=desk.model_id(NAME), policy=policy, identity=identity, root=root)
+    made = Scene(url=url, model=desk.model_id(NAME), policy=policy, identity=identity, root=root)
+    _wait(made)
+    return made
+
+
+def _wait(made: Scene) -> None:
+    """Wait until a worker serves the model: workers ask for what is new at most twice a second."""
+    until = time.monotonic() + _PATIENCE
+    with made.client() as client:
+        while True:
+            try:
+                client.metadata(made.model)
+                return
+            except NotFound:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
