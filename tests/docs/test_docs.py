@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import shutil
@@ -202,16 +203,17 @@ def test_the_readme_example_runs_as_written() -> None:
     service = None
     try:
         (folder / "examples").symlink_to(ROOT / "examples")
-        service = subprocess.Popen(
-            ["bash", "-c", _shell(operator)],
-            cwd=folder,
-            env=_environment(),
-            start_new_session=True,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        _wait_for(folder / "var" / "user-policy.toml", service)
+        log = folder / "up.log"
+        with log.open("w") as output:
+            service = subprocess.Popen(
+                ["bash", "-c", _shell(operator)],
+                cwd=folder,
+                env=_environment(),
+                start_new_session=True,
+                stdout=output,
+                stderr=output,
+            )
+        _wait_for(folder / "var" / "user-policy.toml", service, log)
         done = _run(["bash", "-euc", _shell(people)], folder)
         assert "digits" in done
         answer = _run([sys.executable, "-c", program], folder)
@@ -219,8 +221,9 @@ def test_the_readme_example_runs_as_written() -> None:
         assert answer.splitlines()[-1] == "this is a 0"
     finally:
         if service is not None:
-            os.killpg(service.pid, signal.SIGTERM)
-            service.communicate(timeout=40)
+            with contextlib.suppress(ProcessLookupError):  # it may have failed and ended
+                os.killpg(service.pid, signal.SIGTERM)
+            service.wait(40)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -244,10 +247,10 @@ def _run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def _wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + 90
     while not path.exists():
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert process.poll() is None, log.read_text(errors="replace")
         assert time.monotonic() < until, "the service did not come up"
         time.sleep(0.1)
 

@@ -431,6 +431,17 @@ def test_a_model_that_the_pool_does_not_serve_is_refused(service: World) -> None
     assert (type(error), error.code) == (NotFound, "not-found.model")
 
 
+def test_a_model_is_served_the_moment_it_is_published(service: World) -> None:
+    """Workers learn of it with their next renewal, which the first request for it brings forward."""
+    service.publish("digits")
+    with service.client() as client:
+        for _ in range(3):
+            with service.publisher() as publisher:
+                publisher.grant("digits", os.urandom(32), 2_000_000_000)
+            client.verify()
+            assert service.serves(client)
+
+
 # Both consents.
 
 
@@ -533,8 +544,8 @@ def test_a_replayed_publication_changes_nothing(service: World, url: str, wire: 
         digest = service.statement("diagnosis").digest
         got = resend(service.url, grant, KEY_SERVICE)
         assert got.status_code == 200  # the refusal stands inside, for the owner's eyes
-    served = service.verified().document.pool(service.pool).model(service.model("diagnosis"))
-    assert served.statement == digest
+        publisher.grant("diagnosis", user, 2_000_000_000)  # the chain goes on from the revocation
+    assert service.statement("diagnosis").previous == digest
 
 
 def publication(

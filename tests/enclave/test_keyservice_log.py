@@ -267,13 +267,17 @@ async def test_an_altered_identity(host):
 
 
 async def test_a_lost_identity_is_another_service(host):
-    """Without it nothing opens: the host gets a new service, which no client pinned, never the old state."""
+    """The host gets a new service, which no client pinned, and which does not write beside the old log."""
     log = await filled(host)
     del host.records[IDENTITY_TABLE]
+    fresh = await opened(host)
+    assert fresh.service != log.service
+    assert len(fresh.tree) == 0
+    with pytest.raises(Unavailable):
+        await fresh.append("epoch", {"epoch": 1})
     with pytest.raises(Tampered):
-        await opened(host)
-    host.records.clear()
-    assert (await opened(host)).service != log.service
+        await fresh.append("epoch", {"epoch": 1})
+    await refused("sealing.record", host)
 
 
 async def test_a_cut_tail_is_known_by_the_first_newer_head(host):

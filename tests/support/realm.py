@@ -134,7 +134,7 @@ class Attester:
         return authority(self.root).sealing_key(self.measurement)
 
 
-@dataclass(slots=True)
+@dataclass
 class MemoryHost:
     """What a host keeps and carries: records, blobs, the service document. It can be told to misbehave."""
 

@@ -184,11 +184,11 @@ class KeyService:
         models = self._admitted(attested, pool_id, now)
         digests = tuple(model.digest for model in models)
         release = self._release(request, attested, pool_id, models)
-        await self._log_release(request, attested, release.certificate, digests)
         kem_id, public_key = _kem_key(attested)
         info = release_info(request, pool=pool_id, statements=digests)
         suite = next(suite for suite in hpke.WIRE_SUITES if suite.kem_id == kem_id)
         sealed = hpke.seal_to(suite, public_key, release.to_bytes(), info=info)
+        await self._log_release(request, attested, release.certificate, digests)  # before it leaves
         return SealedRelease(statements=digests, sealed=sealed)
 
     def statement_of(self, query: StatementQuery) -> ModelState:

@@ -36,15 +36,19 @@ class Worker:
         self.problem = ""  # code of the error that keeps the worker out, for the host's health check
         self._models = models
         self._lock = asyncio.Lock()
-        self._tried = float("-inf")
+        self._began = float("-inf")  # the last renewal, whatever came of it
 
     async def refresh(self) -> None:
-        """Renew now, unless that was tried a moment ago; one renewal serves all who wait. Never raises."""
-        asked = asyncio.get_running_loop().time()
+        """Renew, `MIN_REFRESH` after the last one at the earliest; one serves all who asked before it began.
+
+        Never raises. It waits rather than leaves it: what was published a moment ago must not seem absent.
+        """
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
         async with self._lock:
-            if self._tried >= asked or asked - self._tried < MIN_REFRESH:
+            if self._began > asked:
                 return
-            self._tried = asked
+            await asyncio.sleep(max(0.0, self._began + MIN_REFRESH - loop.time()))
             try:
                 await self._renew()
             except CloisterError as error:
@@ -70,8 +74,8 @@ class Worker:
                 continue
 
     async def _renew(self) -> None:
+        self._began = asyncio.get_running_loop().time()
         await self.membership.renew()
-        self._tried = asyncio.get_running_loop().time()
         self.problem = ""
         if self.server is not None:
             self.server.replace_keys(self.membership.private_keys())
