@@ -120,6 +120,8 @@ def _run_enclave(
     authority = SimulatedAuthority.open_or_create(site.authority, now=int(time.time()))
     platform = SimulatedPlatform(authority, Sandbox.detect())
     logging.info("%s", platform.announcement)
+    for line in platform.sandbox.report():
+        logging.info("sandbox: %s", line)
 
     async def main() -> None:
         admin, public = (

@@ -14,6 +14,7 @@ from typing import Annotated, Final
 
 import httpx
 import typer
+from rich.markup import escape
 
 from cloister.cli.output import console, print_json, table, write_text
 from cloister.cli.site import Site, reference_policy
@@ -129,6 +130,9 @@ def up(
         typer.Option(help="Owner (thumbprint) of the pool; by default the first to publish."),
     ] = None,
     lease_seconds: Annotated[int, typer.Option(help="Longest a worker serves without the key service.")] = 30,
+    lease_requests: Annotated[
+        int, typer.Option(help="Most requests that a worker serves on one lease.")
+    ] = 1_000_000,
     document_seconds: Annotated[int, typer.Option(help="Validity of a service document.")] = 600,
     epoch_seconds: Annotated[int, typer.Option(help="Life of a pool's keys.")] = 3600,
     threads: Annotated[int, typer.Option(help="Requests that a worker runs at once.")] = 2,
@@ -140,6 +144,7 @@ def up(
 ) -> None:
     """Start a service on this host with the simulated TEE and keep it running until interrupted."""
     from cloister.sim.platform import ANNOUNCEMENT
+    from cloister.sim.sandbox import Sandbox
 
     if owner is None and not _is_loopback(host):
         raise UsageError(
@@ -153,6 +158,7 @@ def up(
     site = Site(data.absolute())
     settings = json.dumps(
         {
+            "lease_requests": lease_requests,
             "lease_seconds": lease_seconds,
             "document_seconds": document_seconds,
             "epoch_seconds": epoch_seconds,
@@ -164,6 +170,8 @@ def up(
     try:
         if not as_json:
             console.print(f"[yellow]{ANNOUNCEMENT}[/yellow]")
+            for line in Sandbox.detect().report():  # what this machine lacks is done without, and said
+                console.print(f"[dim]{escape(line)}[/dim]")
         with console.status("starting") if not as_json else _Quiet() as status:
             facts = bring_up(
                 service,

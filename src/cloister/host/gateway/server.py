@@ -16,9 +16,8 @@ from cloister.host.gateway.document import DocumentCache
 from cloister.host.gateway.forward import Forwarder
 from cloister.host.gateway.metrics import Metrics
 from cloister.host.gateway.registry import LIFETIME, Registry
-from cloister.host.problems import problem
 from cloister.host.store.blobs import BlobStore
-from cloister.net.front import Answer, FrontServer, Head, Limits, serve
+from cloister.net.front import FrontServer, Limits, serve
 
 _TICK: Final = 1.0  # seconds between looks for workers that are gone
 
@@ -137,10 +136,6 @@ class Gateway:
         while True:
             await asyncio.sleep(_TICK)
             await forwarder.prune()
-
-
-async def _no_ohttp(head: Head, body: memoryview) -> Answer:
-    return problem(404, "http.404")
 
 
 def _private_directory(path: Path) -> None:
