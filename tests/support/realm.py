@@ -391,7 +391,7 @@ async def gateway(realm: Realm, workers: Workers, request: httpx.Request, body: 
     """What a gateway answers: the document, blobs, encapsulated requests by pool."""
     path = request.url.path
     if path == "/.well-known/cloister":
-        return httpx.Response(200, content=realm.service.documents.raw)
+        return httpx.Response(200, stream=httpx.ByteStream(realm.service.documents.raw))
     if path.startswith("/blobs/"):
         realm.host.blobs[bytes.fromhex(path.rpartition("/")[2])] = body
         return httpx.Response(201)
@@ -407,5 +407,7 @@ async def gateway(realm: Realm, workers: Workers, request: httpx.Request, body: 
     else:
         return httpx.Response(404)
     return httpx.Response(
-        answer.status, content=bytes(answer.body), headers=[(b"content-type", answer.content_type)]
+        answer.status,
+        stream=httpx.ByteStream(bytes(answer.body)),
+        headers=[(b"content-type", answer.content_type)],
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from cloister.client.identity import Identity
 from cloister.core.ohttp import bhttp, encapsulation
@@ -253,8 +254,15 @@ def model_path(model: str, action: str = "") -> bytes:
 
 def model_of(path: bytes) -> str:
     """The model id or alias in a path of the Open Inference Protocol; raises UsageError."""
-    from urllib.parse import unquote_to_bytes
+    return unquote_to_bytes(_model_part(path)).decode("ascii", "replace")
 
+
+def path_of(path: bytes, model: str) -> bytes:
+    """The same path with another model in it: an alias means nothing to an enclave; raises UsageError."""
+    return _MODELS + model.encode() + path[len(_MODELS) + len(_model_part(path)) :]
+
+
+def _model_part(path: bytes) -> bytes:
     rest = path.partition(b"?")[0]
     if not rest.startswith(_MODELS):
         raise UsageError(
@@ -267,7 +275,7 @@ def model_of(path: bytes) -> str:
     rest = rest[len(_MODELS) :]
     for suffix in (b"/infer", b"/ready"):
         rest = rest.removesuffix(suffix)
-    return unquote_to_bytes(rest.partition(b"/versions/")[0]).decode("ascii", "replace")
+    return rest.partition(b"/versions/")[0]
 
 
 def _wants_refresh(failure: CloisterError) -> bool:

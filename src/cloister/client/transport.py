@@ -7,7 +7,7 @@ from typing import Final
 import httpx
 
 from cloister.client.client import AsyncClient, Client
-from cloister.client.session import model_of
+from cloister.client.session import model_of, path_of
 from cloister.core.ohttp import bhttp
 from cloister.core.protocol import problem
 from cloister.errors import CloisterError, Unavailable
@@ -26,9 +26,10 @@ class CloisterTransport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request to the enclave; errors of the enclave come back as problem documents."""
-        inner = _inner(request, request.read())
+        content = request.read()
         try:
-            return _response(self._client.send(model_of(request.url.raw_path), inner), request)
+            model = self._client.session.resolve(model_of(request.url.raw_path))
+            return _response(self._client.send(model, _inner(request, model, content)), request)
         except CloisterError as error:
             return _problem(error, request)
 
@@ -45,9 +46,10 @@ class AsyncCloisterTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request to the enclave; errors of the enclave come back as problem documents."""
-        inner = _inner(request, await request.aread())
+        content = await request.aread()
         try:
-            return _response(await self._client.send(model_of(request.url.raw_path), inner), request)
+            model = self._client.session.resolve(model_of(request.url.raw_path))
+            return _response(await self._client.send(model, _inner(request, model, content)), request)
         except CloisterError as error:
             return _problem(error, request)
 
@@ -56,11 +58,10 @@ class AsyncCloisterTransport(httpx.AsyncBaseTransport):
         await self._client.aclose()
 
 
-def _inner(request: httpx.Request, content: bytes) -> bhttp.Request:
+def _inner(request: httpx.Request, model: str, content: bytes) -> bhttp.Request:
     fields = tuple((name.lower(), value) for name, value in request.headers.raw if name.lower() not in _HOP)
-    return bhttp.Request(
-        method=request.method.encode(), path=request.url.raw_path, fields=fields, content=content
-    )
+    path = path_of(request.url.raw_path, model)
+    return bhttp.Request(method=request.method.encode(), path=path, fields=fields, content=content)
 
 
 def _response(inner: bhttp.Response, request: httpx.Request) -> httpx.Response:

@@ -1,0 +1,245 @@
+"""The client over httpx, synchronous and asynchronous, and the transports for other SDKs."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import httpx
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from cloister.client.client import AsyncClient, Client, parse_stages
+from cloister.client.transport import AsyncCloisterTransport, CloisterTransport
+from cloister.core.protocol.limits import MAX_INNER_REQUEST
+from cloister.errors import (
+    AppraisalRefused,
+    CloisterError,
+    InvalidRequest,
+    NotFound,
+    TransportError,
+    UsageError,
+)
+from support.realm import STRANGER, policy
+from support.stage import DIGITS, IMAGE, USER, Theatre
+
+URL = "http://service.test"
+
+
+def client(theatre: Theatre, **options: object) -> Client:
+    return Client(
+        URL,
+        **{
+            "policy": theatre.stage.user_policy(),
+            "identity": USER,
+            "transport": theatre.transport(),
+            "now": theatre.realm.clock.now,
+            **options,
+        },  # type: ignore[arg-type]
+    )
+
+
+def right() -> dict[str, np.ndarray]:
+    session = ort.InferenceSession(DIGITS, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"image": IMAGE}), strict=True))
+
+
+def test_arrays_in_arrays_out(theatre):
+    with client(theatre) as made:
+        with pytest.raises(NotFound):
+            _ = made.record
+        outputs = made.infer(theatre.stage.model, {"image": IMAGE})
+        wanted = right()
+        assert outputs.keys() == wanted.keys()
+        for name, array in wanted.items():
+            assert outputs[name].tobytes() == array.tobytes()
+        record = made.record
+        assert (record.service, record.simulated, record.epoch) == (theatre.realm.id, True, 1)
+        assert record.stages["run"] >= 0
+        assert "[ok] possession" in str(record)
+        shown = json.loads(json.dumps(record.to_dict()))
+        assert shown["service"] == theatre.realm.id.hex()
+        name = next(iter(wanted))
+        assert list(made.infer(theatre.stage.model, {"image": IMAGE}, outputs=(name,))) == [name]
+        assert json.loads(made.metadata(theatre.stage.model))["inputs"][0]["name"] == "image"
+        assert made.verify().document.service == theatre.realm.id
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code"),
+    [
+        ({"wrong": IMAGE}, "request.inputs"),
+        ({}, "request.inputs"),
+        ({"image": IMAGE.astype(np.float64)}, "request.datatype"),
+        ({"image": IMAGE[0]}, "request.shape"),
+        ({"image": [1.0, 2.0]}, "request.datatype"),
+        ({"image": np.array([None])}, "request.data"),
+    ],
+    ids=["name", "none", "datatype", "shape", "list", "objects"],
+)
+def test_bad_inputs_get_a_clear_error_and_break_nothing(theatre, inputs, code):
+    with client(theatre) as made:
+        with pytest.raises(InvalidRequest) as caught:
+            made.infer(theatre.stage.model, inputs)
+        assert caught.value.code == code
+        made.infer(theatre.stage.model, {"image": IMAGE})
+
+
+def test_inputs_that_are_too_large_do_not_leave(theatre):
+    with client(theatre) as made:
+        with pytest.raises(InvalidRequest) as caught:
+            made.infer(
+                theatre.stage.model, {"image": np.broadcast_to(np.float32(0), (MAX_INNER_REQUEST // 4 + 1,))}
+            )
+        assert caught.value.code == "request.size"
+        assert theatre.requests == []
+
+
+def test_a_deadline(theatre):
+    with client(theatre) as made:
+        made.infer(theatre.stage.model, {"image": IMAGE}, deadline_ms=60_000)
+
+
+def test_refused_before_anything_is_sent_to_a_worker(theatre):
+    with client(theatre, policy=theatre.stage.user_policy(worker=policy(STRANGER))) as made:
+        with pytest.raises(AppraisalRefused):
+            made.infer(theatre.stage.model, {"image": IMAGE})
+        assert len(theatre.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectError("no"),
+        httpx.ReadTimeout("late"),
+        httpx.RemoteProtocolError("odd"),
+        RuntimeError("x"),
+    ],
+)
+def test_foreign_errors_become_ours(theatre, error):
+    def handle(request: httpx.Request) -> httpx.Response:
+        raise error
+
+    with (
+        client(theatre, transport=httpx.MockTransport(handle)) as made,
+        pytest.raises(TransportError) as caught,
+    ):
+        made.verify()
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("url", ["", "service", "ftp://service", "http://", "http://x:0", "http://[::1"])
+def test_urls_that_are_none(theatre, url):
+    with pytest.raises(UsageError):
+        Client(url, policy=theatre.stage.user_policy())
+
+
+def test_nobody_listens(theatre):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with Client(url, policy=theatre.stage.user_policy()) as made, pytest.raises(TransportError):
+            made.verify()
+
+
+@pytest.mark.asyncio
+async def test_asynchronously(theatre):
+    async with AsyncClient(
+        URL,
+        policy=theatre.stage.user_policy(),
+        identity=USER,
+        transport=theatre.async_transport(),
+        now=theatre.realm.clock.now,
+        aliases={"d": theatre.stage.model},
+    ) as made:
+        outputs = await made.infer("d", {"image": IMAGE})
+        assert all(outputs[name].tobytes() == array.tobytes() for name, array in right().items())
+        assert json.loads(await made.metadata("d"))["name"] == theatre.stage.model
+        assert (await made.verify()).document.service == theatre.realm.id
+        transport = AsyncCloisterTransport(made)
+        async with httpx.AsyncClient(transport=transport, base_url="http://models") as sdk:
+            answer = await sdk.post("/v2/models/d/infer", json=as_json())
+            assert answer.status_code == 200, answer.text
+
+
+def as_json() -> dict[str, object]:
+    tensor = {"name": "image", "datatype": "FP32", "shape": list(IMAGE.shape), "data": IMAGE.tolist()}
+    return {"inputs": [tensor]}
+
+
+def sdk(theatre: Theatre, **options: object) -> httpx.Client:
+    return httpx.Client(transport=CloisterTransport(client(theatre, **options)), base_url="http://models")
+
+
+def test_any_sdk_that_takes_a_transport(theatre):
+    with sdk(theatre) as made:
+        answer = made.post(f"/v2/models/{theatre.stage.model}/infer", json=as_json())
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/json"
+        wanted = next(iter(right().values()))
+        assert np.allclose(answer.json()["outputs"][0]["data"], wanted.reshape(-1))
+        assert made.get(f"/v2/models/{theatre.stage.model}").json()["name"] == theatre.stage.model
+
+
+def test_aliases_through_a_transport(theatre):
+    with sdk(theatre, aliases={"digits": theatre.stage.model}) as made:
+        answer = made.post("/v2/models/digits/infer", json=as_json())
+        assert answer.status_code == 200, answer.text
+        assert made.get("/v2/models/digits/ready").json()["ready"] is True
+
+
+def test_errors_through_a_transport(theatre):
+    with sdk(theatre) as made:
+        assert made.get("/other").status_code == 400
+        assert made.get("/v2/models/nonesuch").status_code == 400
+        answer = made.post(f"/v2/models/{theatre.stage.model}/infer", json={"inputs": []})
+        assert (answer.status_code, answer.json()["error"]) == (400, "request.inputs")
+        answer = made.get(f"/v2/models/{'0' * 64}/m")
+        assert (answer.status_code, answer.json()["error"]) == (404, "not-found.model")
+
+
+def test_unavailability_through_a_transport_is_a_transport_error(theatre):
+    def handle(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(503)
+
+    with sdk(theatre, transport=httpx.MockTransport(handle)) as made, pytest.raises(httpx.TransportError):
+        made.get(f"/v2/models/{theatre.stage.model}")
+
+
+def test_fields_of_the_outer_hop_stay_outside(theatre):
+    seen = []
+    routes = theatre.stage.routes
+
+    async def seeing(request):
+        seen.append(request.http)
+        return await routes(request)
+
+    theatre.stage.worker.server._handler = seeing
+    with sdk(theatre) as made:
+        made.post(f"/v2/models/{theatre.stage.model}/infer", json=as_json(), headers={"x-mine": "1"})
+    names = {name for name, _ in seen[0].fields}
+    assert b"x-mine" in names
+    assert names.isdisjoint({b"host", b"user-agent", b"connection", b"accept-encoding", b"content-length"})
+    for request in theatre.requests:
+        assert "x-mine" not in request.headers
+        assert b"x-mine" not in request.content
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        (None, {}),
+        (b"", {}),
+        (b"run;dur=1.5, open;dur=0", {"run": 1.5, "open": 0.0}),
+        (b"run, x;dur=, y;dur=a, z;dur", {}),
+        (b"\xff;dur=1", {"\ufffd": 1.0}),
+    ],
+)
+def test_stages(field, wanted):
+    assert parse_stages(field) == wanted
+
+
+def test_errors_are_ours():
+    assert issubclass(TransportError, CloisterError)
