@@ -66,7 +66,7 @@ def test_a_policy_needs_no_client():
 
 def test_a_client_loads_no_runtime_and_no_host():
     modules = loaded("import cloister; cloister.Client")
-    assert not modules & {"onnxruntime", "onnx", "starlette", "rich", "typer"}
+    assert not modules & {"onnxruntime", "onnx", "starlette", "typer"}
     ours = {name for name in modules if name.startswith("cloister.")}
     assert not {name for name in ours if name.split(".")[1] in ("enclave", "host", "sim", "cli", "owner")}
 
