@@ -492,6 +492,19 @@ async def test_a_certificate_by_another_key(monkeypatch):
     await refused(joined, BindingRefused, "binding.certificate")
 
 
+async def test_a_certificate_that_the_service_did_not_sign(monkeypatch):
+    joined = await ready()
+    for change in ({"signature": bytes(64)}, {"epoch": 77}, {"not_after": NOW + 99_999}):
+        with monkeypatch.context() as patch:
+            Resealing(
+                patch,
+                lambda release, change=change: dataclasses.replace(
+                    release, certificate=dataclasses.replace(release.certificate, **change)
+                ),
+            )
+            await refused(joined, Tampered, "tampered.signature")
+
+
 async def test_a_statement_that_the_owner_did_not_sign(monkeypatch):
     joined = await ready()
 

@@ -184,6 +184,17 @@ def test_a_service_that_hides_its_rollback(realm, script, talk, monkeypatch):
     refused(Rollback, "rollback.fork", script, talk)
 
 
+def test_a_document_of_another_line_than_the_proof(realm, script, talk):
+    """Both signed by the service, as by two copies of it that share an identity."""
+    log, documents = realm.service.log, realm.service.documents
+    ahead = TreeHead.sign(log.identity, size=50, root=bytes(32), time=NOW)
+    document = dataclasses.replace(realm.document().document, head=ahead)
+    made = SignedDocument.sign(document, log.identity)
+    documents.raw, documents.digest = made.to_bytes(), made.digest
+    error = refused(Rollback, "rollback.document", script, talk)
+    assert error.claim == "tree head of the service document"
+
+
 def test_a_recorded_proof_does_not_serve_another_nonce(realm, script, talk, monkeypatch):
     refresh(script, talk)
     recorded = talk.possession
