@@ -24,8 +24,9 @@ from benchmarks.report import Report, Rows, Samples, percentile
 from benchmarks.scene import Scene, scene
 from cloister.client.client import Client
 from cloister.core.protocol.document import verify_document
-from cloister.net.carry import Carrier, Outgoing
+from cloister.core.protocol.flow import Outgoing
 from cloister.net.messages import Answer
+from cloister.party.carry import Carrier
 
 WARM: Final = 30  # pairs of calls before those that count
 STAGES: Final = {

@@ -17,9 +17,10 @@ from cloister.core.ohttp import bhttp, encapsulation
 from cloister.core.ohttp.keyconfig import select
 from cloister.core.protocol import problem
 from cloister.core.protocol.authorization import FIELD, REQUEST_ID_SIZE, RequestAuthorization, RequestContext
-from cloister.core.protocol.conversation import Flow, Incoming, Outgoing, finish_exchange
+from cloister.core.protocol.conversation import finish_exchange
 from cloister.core.protocol.document import PURPOSE, SignedDocument
-from cloister.net.carry import Carrier
+from cloister.core.protocol.flow import Flow, Incoming, Outgoing
+from cloister.party.carry import Carrier
 from demonstration.job import SPARE, Served, identical
 from demonstration.report import Failed, Report, Task, require_refusal
 from demonstration.stage import Array, Stage

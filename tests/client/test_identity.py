@@ -66,7 +66,7 @@ def test_unreadable(tmp_path):
     refused("identity.file", lambda: Identity.load(tmp_path / "none"))
     refused("identity.file", lambda: Identity.load(tmp_path))
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    refused("identity.file", lambda: Identity.load(tmp_path / "binary"))
+    refused("identity.format", lambda: Identity.load(tmp_path / "binary"))
     refused("identity.file", lambda: Identity.create(tmp_path / "binary" / "below"))
 
 

@@ -20,11 +20,13 @@ from cloister.core.protocol.document import SignedDocument
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.trust import Consent
 from cloister.core.secret import Secret
+from cloister.core.verifier.result import CollateralMark
 from cloister.errors import (
     AccessRefused,
     AppraisalRefused,
     BindingRefused,
     CloisterError,
+    EvidenceRefused,
     FormatError,
     InvalidRequest,
     NotFound,
@@ -35,6 +37,7 @@ from cloister.errors import (
     UsageError,
 )
 from cloister.net.messages import Answer
+from cloister.party.memory import Memory
 from support.realm import NOW, STRANGER, WORKER, owner_key, policy
 from support.stage import IMAGE, USER, Stage
 
@@ -398,7 +401,7 @@ async def test_consents_travel_signed():
     stage.close()
 
 
-# -- aliases, heads ------------------------------------------------------------
+# -- aliases, memory -----------------------------------------------------------
 
 
 async def test_aliases_are_resolved_here_and_nowhere_else():
@@ -412,34 +415,52 @@ async def test_aliases_are_resolved_here_and_nowhere_else():
 
 
 async def test_the_newest_head_is_kept_between_runs(tmp_path):
-    stage, user = await opened(heads=tmp_path / "deep" / "head")
+    path = tmp_path / "deep" / "memory"
+    stage, user = await opened(memory=path)
     await user.infer()
-    kept = TreeHead.from_bytes((tmp_path / "deep" / "head").read_bytes())
-    assert kept == user.session.conversation.head
-    assert User(stage, heads=tmp_path / "deep" / "head").session.conversation.head == kept
+    kept, conversation = Memory.load(path), user.session.conversation
+    assert kept == Memory(head=conversation.head, collateral=conversation.collateral.marks)
+    assert kept.collateral
+    again = User(stage, memory=path).session.conversation
+    assert (again.head, again.collateral.marks) == (kept.head, kept.collateral)
     newer = TreeHead.sign(stage.realm.service.log.identity, size=99, root=bytes(32), time=NOW)
-    (tmp_path / "deep" / "head").write_bytes(newer.to_bytes())
-    await refused(Rollback, "rollback.store", User(stage, heads=tmp_path / "deep" / "head").infer())
+    dataclasses.replace(kept, head=newer).save(path)
+    await refused(Rollback, "rollback.store", User(stage, memory=path).infer())
+    assert [each.name for each in path.parent.iterdir()] == ["memory"]
+
+
+async def test_collateral_older_than_in_an_earlier_run(tmp_path):
+    path = tmp_path / "memory"
+    stage, user = await opened(memory=path)
+    await user.infer()
+    kept = Memory.load(path)
+    newer = {
+        name: CollateralMark(issued=mark.issued, number=mark.number + 1)
+        for name, mark in kept.collateral.items()
+    }
+    dataclasses.replace(kept, collateral=newer).save(path)
+    await refused(EvidenceRefused, "evidence.collateral-older", User(stage, memory=path).infer())
+    assert Memory.load(path).collateral == newer
     stage.close()
 
 
-async def test_a_kept_head_that_is_damaged_or_another_s(tmp_path):
+async def test_a_memory_that_is_damaged_or_another_s(tmp_path):
     stage = await Stage.open()
     path = tmp_path / "head"
     path.write_bytes(b"damaged")
-    with pytest.raises(FormatError):
-        User(stage, heads=path)
-    path.write_bytes(TreeHead.sign(SigningKey.generate(), size=1, root=bytes(32), time=1).to_bytes())
+    with pytest.raises(UsageError):
+        User(stage, memory=path)
+    Memory(head=TreeHead.sign(SigningKey.generate(), size=1, root=bytes(32), time=1)).save(path)
     with pytest.raises(BindingRefused):
-        User(stage, heads=path)
+        User(stage, memory=path)
     forged = dataclasses.replace(stage.realm.service.log.head(), size=1)
-    path.write_bytes(forged.to_bytes())
+    Memory(head=forged).save(path)
     with pytest.raises(Tampered):
-        User(stage, heads=path)
+        User(stage, memory=path)
     path.unlink()
     path.mkdir()
     with pytest.raises(UsageError):
-        User(stage, heads=path)
+        User(stage, memory=path)
     stage.close()
 
 

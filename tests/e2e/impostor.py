@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+
 from cloister.core.evidence.bundle import Evidence
 from cloister.core.identity import SigningKey
 from cloister.core.ohttp import hpke
@@ -21,7 +23,7 @@ from cloister.core.protocol.conversation import ask_key_service
 from cloister.core.protocol.document import KEM_NAMES, SIGNING_ALGORITHM, VerifiedDocument
 from cloister.core.protocol.exchange import Challenge, HeadRequest
 from cloister.core.protocol.release import INCARNATION_SIZE, ReleaseRequest, SealedRelease
-from cloister.net.carry import Carrier
+from cloister.party.carry import Carrier
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.measurement import measure
 from e2e.malicious import honest_configuration
@@ -38,9 +40,10 @@ class Impostor:
 
     def ask(self, path: bytes, content: bytes, verified: VerifiedDocument | None = None) -> bytes:
         """One encapsulated exchange with the key service; gives the content of its answer."""
-        carrier = Carrier(self.world.url)
+        host = httpx.HTTPTransport(uds=str(self.world.site.enclaves))  # a worker's host is the operator
+        carrier = Carrier("http://gateway", host)
         try:
-            flow = ask_key_service(verified or self.world.verified(), path, content)
+            flow = ask_key_service((verified or self.world.verified()).document, path, content)
             return bytes(carrier.run(flow))
         finally:
             carrier.close()

@@ -321,7 +321,9 @@ class MaliciousWorker:
         self.name: Final = name
         self._host = host
         self._starting: Future[None] | None = None
-        self._gateway = httpx.AsyncClient(base_url=site.read_facts()["url"], timeout=30, trust_env=False)
+        self._gateway = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(site.enclaves)), base_url="http://gateway", timeout=30
+        )
         self._admin = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(site.admin)), base_url="http://gateway"
         )

@@ -375,17 +375,17 @@ def test_an_unreadable_owner_key_is_refused(tmp_path: Path, content: bytes | Non
     assert (type(error), error.code) == (UsageError, "owner.key")
 
 
-def test_a_damaged_heads_file_is_refused(service: World, tmp_path: Path) -> None:
-    path = tmp_path / "heads"
-    with service.client(heads=path) as made:
+def test_a_damaged_memory_is_refused(service: World, tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    with service.client(memory=path) as made:
         made.verify()
     kept = path.read_bytes()
-    for content in (b"", b"nonsense", kept[:-1], kept[:-1] + bytes([kept[-1] ^ 1])):
+    for content in (b"", b"nonsense", kept[:-1], kept[:40] + bytes([kept[40] ^ 1]) + kept[41:]):
         path.write_bytes(content)
-        error = refusal(lambda: service.client(heads=path))
+        error = refusal(lambda: service.client(memory=path))
         assert error.code != "error"
     path.write_bytes(kept)
-    with service.client(heads=path) as made:
+    with service.client(memory=path) as made:
         assert service.serves(made)
 
 

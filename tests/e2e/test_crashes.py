@@ -200,13 +200,13 @@ def test_an_older_store_is_refused_by_owner_client_and_worker(
     Each of the three meets a freshly started key service on the old store, so that each finds out by itself.
     """
     base = folder("rollback")
-    heads = base / "heads"
+    memory = base / "memory"
     fragile.halt_key_service()
     fragile.copy_store(base / "old")
     fragile.resume_key_service()
     with fragile.publisher() as publisher:
         publisher.revoke("digits", fragile.user.user_id(fragile.desk.owner))  # what the operator wants undone
-    with fragile.client(heads=heads) as client:
+    with fragile.client(memory=memory) as client:
         client.verify()
     held = host.worker(fragile.site, "held", registered=False)
     held.start()
@@ -218,7 +218,7 @@ def test_an_older_store_is_refused_by_owner_client_and_worker(
             thaw.callback(os.kill, pid, signal.SIGKILL)
         held.wire.on(DOCUMENT, "request", drop, times=10**6)
 
-        with _put_back(fragile, base), fragile.client(heads=heads) as client:
+        with _put_back(fragile, base), fragile.client(memory=memory) as client:
             error = refusal(client.verify)
             assert (type(error), error.code) == (Rollback, "rollback.store")
         with _put_back(fragile, base), fragile.publisher() as publisher:

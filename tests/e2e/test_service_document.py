@@ -409,10 +409,10 @@ def test_another_measurement_is_refused(service: World, url: str, which: str) ->
 def ask(service: World, verified: VerifiedDocument, path: bytes, content: bytes) -> bytes:
     """One encapsulated exchange with the key service; gives the content of its answer."""
     from cloister.core.protocol.conversation import ask_key_service
-    from cloister.net.carry import Carrier
+    from cloister.party.carry import Carrier
 
     carrier = Carrier(service.url)
     try:
-        return bytes(carrier.run(ask_key_service(verified, path, content)))
+        return bytes(carrier.run(ask_key_service(verified.document, path, content)))
     finally:
         carrier.close()

@@ -26,11 +26,11 @@ from cloister.core.protocol.exchange import PoolCreation
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.statement import Statement
 from cloister.core.protocol.trust import UserPolicy
-from cloister.net.carry import Carrier
 from cloister.owner.desk import Desk
 from cloister.owner.policy import ModelPolicy
 from cloister.owner.publish import Publisher
 from cloister.owner.seal import seal_model
+from cloister.party.carry import Carrier
 
 MODELS: Final = Path(__file__).resolve().parents[2] / "examples" / "models"
 SHAPES: Final = {"digits": ("image", (1, 8, 8)), "diagnosis": ("features", (30,))}

@@ -18,6 +18,7 @@ from cloister.core.ohttp.keyconfig import KeyConfiguration
 from cloister.core.protocol.conversation import ask_key_service
 from cloister.core.protocol.document import KEM_NAMES, ServiceDocument
 from cloister.core.protocol.exchange import HeadRequest, PoolCreation, Possession, StatementQuery
+from cloister.core.protocol.flow import drive_async
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.limits import MAX_POOLS
 from cloister.core.protocol.pool import Pool
@@ -36,6 +37,7 @@ from cloister.errors import (
     BindingRefused,
     CloisterError,
     EvidenceRefused,
+    FormatError,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -44,7 +46,6 @@ from cloister.errors import (
     Tampered,
     Unavailable,
 )
-from cloister.net.carry import drive_async
 from cloister.net.messages import Answer
 from support.realm import (
     DAY,
@@ -328,17 +329,23 @@ async def test_pools_are_bounded():
     )
 
 
-@pytest.mark.parametrize("operator", [True, False])
-async def test_only_the_operator_creates_pools(operator):
+@pytest.mark.parametrize("sender", [b"", b"enclave", b"operator", b"other"])
+@pytest.mark.parametrize(
+    ("path", "expected"), [(b"/pools", b"operator"), (b"/challenges", b"enclave"), (b"/releases", b"enclave")]
+)
+async def test_routes_that_are_not_for_everyone(path, expected, sender):
     realm = await Realm.start()
-    http = bhttp.Request(method=b"POST", path=b"/pools", content=PoolCreation(pool=realm.pool).to_bytes())
-    request = InnerRequest(http=http, enc=b"", key_id=0, arrived=0, opened=0, operator=operator)
+    content = PoolCreation(pool=realm.pool).to_bytes()
+    http = bhttp.Request(method=b"POST", path=path, content=content)
+    request = InnerRequest(http=http, enc=b"", key_id=0, arrived=0, opened=0, sender=sender)
     routes = KeyServiceRoutes(realm.service)
-    if operator:
-        assert (await routes(request)).status == 200
-    else:
-        await refused(AccessRefused, "access.operator", routes(request))
+    if sender != expected:
+        await refused(AccessRefused, "access.sender", routes(request))
         assert realm.service.log.state.pools == {}
+    elif path == b"/pools":
+        assert (await routes(request)).status == 200
+    else:  # past the door, where another message is refused
+        await refused(FormatError, "format", routes(request))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +361,7 @@ async def test_only_the_operator_creates_pools(operator):
 async def test_routes_that_are_not_there(method, path):
     realm = await Realm.start()
     http = bhttp.Request(method=method, path=path)
-    request = InnerRequest(http=http, enc=b"", key_id=0, arrived=0, opened=0, operator=True)
+    request = InnerRequest(http=http, enc=b"", key_id=0, arrived=0, opened=0, sender=b"operator")
     await refused(NotFound, "not-found.route", KeyServiceRoutes(realm.service)(request))
 
 
@@ -804,14 +811,14 @@ async def test_end_to_end_through_the_encapsulation():
 
     request = realm.release_request()
     content = await drive_async(
-        ask_key_service(verified, b"/releases", request.to_bytes()), send, asyncio.sleep
+        ask_key_service(verified.document, b"/releases", request.to_bytes()), send, asyncio.sleep
     )
     release = unseal(realm, request, SealedRelease.from_bytes(content))
     assert release.models[0].statement.open() == said
     for path in (b"/challenges", b"/possession", b"/releases", b"/statements", b"/statements/current"):
         for raw in (b"", b"\xff", encode({}), b"\x00" * 9000):
             with pytest.raises(CloisterError) as caught:
-                await drive_async(ask_key_service(verified, path, raw), send, asyncio.sleep)
+                await drive_async(ask_key_service(verified.document, path, raw), send, asyncio.sleep)
             assert caught.value.code.startswith("format")
 
 

@@ -12,6 +12,7 @@ import pytest
 from cloister.core.encoding import decode, encode
 from cloister.core.ohttp import hpke
 from cloister.core.protocol.exchange import Challenge
+from cloister.core.protocol.flow import Outgoing
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.release import (
     PoolKey,
@@ -30,6 +31,7 @@ from cloister.errors import (
     EvidenceRefused,
     FormatError,
     LeaseExpired,
+    Overloaded,
     Replayed,
     Rollback,
     Tampered,
@@ -70,8 +72,8 @@ class Link:
     async def document(self) -> bytes:
         return self.document_as(self.realm.service.documents.raw)
 
-    async def exchange(self, message: bytes | bytearray) -> Answer:
-        number = len(self.sent)
+    async def send(self, outgoing: Outgoing) -> Answer:
+        number, message = len(self.sent), outgoing.body
         self.sent.append(bytes(message))
         answer = await self.realm.outer(self.up(number, bytes(message)))
         self.answers.append(bytes(answer.body))
@@ -232,7 +234,7 @@ async def test_a_document_from_before_a_restart():
     stale = joined.realm.service.documents.raw
     joined.link.realm = await Realm.start(joined.realm.host, joined.realm.clock)
     joined.link.document_as = lambda _: stale
-    await refused(joined, TransportError, "transport.status")  # its keys died with the process
+    await refused(joined, TransportError, "transport.key")  # its keys died with the process
     joined.link.document_as = lambda raw: raw
     await joined.worker.renew()
 
@@ -265,7 +267,8 @@ def flip(message: bytes, position: int) -> bytes:
 async def test_altered_on_the_way_up(which, change):
     joined = await ready()
     joined.link.up = lambda number, message: change(message) if number == which else message
-    await refused(joined, TransportError, "transport.status")
+    error = await refused(joined, TransportError)
+    assert error.code in ("transport.status", "transport.key")
 
 
 async def test_the_second_request_in_place_of_the_first_and_vice_versa():
@@ -322,7 +325,8 @@ async def test_altered_on_the_way_down(which, change, kind):
 async def test_outer_errors(which, status):
     joined = await ready()
     joined.link.down = lambda number, answer: Answer(status=status) if number == which else answer
-    error = await refused(joined, TransportError, "transport.status")
+    kind = (Overloaded, "overloaded.host") if status == 429 else (TransportError, "transport.status")
+    error = await refused(joined, *kind)
     assert error.retryable
 
 
@@ -355,7 +359,7 @@ async def test_answers_cross_wired_between_two_workers():
         return answers[1] if answer is answers[0] else answers[0]
 
     for each in (joined, other):
-        each.link.exchange = lambda message, link=each.link: held(link, message)  # type: ignore[method-assign]
+        each.link.send = lambda sent, link=each.link: held(link, sent.body)  # type: ignore[method-assign]
     results = await asyncio.gather(joined.worker.renew(), other.worker.renew(), return_exceptions=True)
     assert [result.code for result in results] == ["ohttp.open", "ohttp.open"]
 

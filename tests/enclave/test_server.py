@@ -72,15 +72,15 @@ async def test_an_answer(kem_id):
     response = inside(exchange, await send(server, body))
     assert (response.status, bytes(response.content)) == (200, b"olleh")
     request = handler.seen[0]
-    assert (request.enc, request.key_id, request.operator) == (exchange.enc, 1, False)
+    assert (request.enc, request.key_id, request.sender) == (exchange.enc, 1, b"")
     assert request.arrived <= request.opened
 
 
-async def test_who_is_marked_as_the_operator():
+async def test_whose_the_host_says_a_request_is():
     handler = Echo()
     server = EnclaveServer(handler, [(1, kem_key(0x20))])
-    await send(server, seal(kem_key(0x20))[1], cloister_operator=b"1")
-    assert handler.seen[0].operator
+    await send(server, seal(kem_key(0x20))[1], cloister_sender=b"operator")
+    assert handler.seen[0].sender == b"operator"
 
 
 @pytest.mark.parametrize("kind", [b"", b"application/json", b"message/ohttp-res", b"message/ohttp-req; x"])

@@ -76,7 +76,9 @@ class House:
 @asynccontextmanager
 async def house(path: Path, **options: Any) -> AsyncIterator[House]:
     async with AsyncExitStack() as stack:
-        gateway = Gateway(admin=path / "run" / "admin.sock", **options)
+        gateway = Gateway(
+            admin=path / "run" / "admin.sock", enclaves=path / "run" / "enclaves.sock", **options
+        )
         await gateway.start()
         stack.push_async_callback(gateway.stop, 0.2)
         yield House(gateway, stack, path)
@@ -405,7 +407,9 @@ def test_refused_registration(go: Go, tmp_path: Path, body: bytes) -> None:
 def test_a_gateway_that_cannot_listen_leaves_nothing(go: Go, tmp_path: Path) -> None:
     async def main() -> None:
         async with house(tmp_path) as home:
-            second = Gateway(admin=tmp_path / "two" / "admin.sock", port=home.gateway.port)
+            second = Gateway(
+                admin=tmp_path / "two" / "a", enclaves=tmp_path / "two" / "e", port=home.gateway.port
+            )
             with pytest.raises(UsageError):
                 await second.start()
             assert not (tmp_path / "two" / "admin.sock").exists()

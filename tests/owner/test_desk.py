@@ -11,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cloister.core.protocol.conversation import Conversation, Trust
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.statement import ServingOptions, SignedStatement
 from cloister.core.secret import Secret
+from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import FormatError, UsageError
 from cloister.owner.desk import Desk, DeskModel
 from cloister.owner.policy import ModelPolicy
@@ -45,7 +47,7 @@ def test_a_desk_is_made_once_and_private(tmp_path):
     try:
         desk = Desk.create(tmp_path / "a" / "desk")
         desk.keep(model())
-        desk.keep_head(TreeHead.sign(owner_key("service"), size=1, root=bytes(32), time=1))
+        desk.remember(talk(TreeHead.sign(owner_key("service"), size=1, root=bytes(32), time=1)))
     finally:
         os.umask(old)
     assert mode(desk.directory) == 0o700
@@ -115,15 +117,19 @@ def test_any_bytes_are_no_desk_file(raw):
         DeskModel.from_bytes(raw)
 
 
-def test_heads(desk):
+def talk(head: TreeHead) -> Conversation:
+    return Conversation(trust=Trust(service=head.service, key_service=AppraisalPolicy()), head=head)
+
+
+def test_memory(desk):
     service = owner_key("service")
-    assert desk.head(service.thumbprint) is None
+    assert desk.memory(service.thumbprint).head is None
     head = TreeHead.sign(service, size=3, root=bytes(32), time=NOW)
-    desk.keep_head(head)
-    assert desk.head(service.thumbprint) == head
-    assert desk.head(bytes(32)) is None
-    next(desk.directory.glob("*.head")).write_bytes(b"x")
-    refused("owner.desk", lambda: desk.head(service.thumbprint))
+    desk.remember(talk(head))
+    assert desk.memory(service.thumbprint).head == head
+    assert desk.memory(bytes(32)).head is None
+    next(desk.directory.glob("*.memory")).write_bytes(b"x")
+    refused("memory.file", lambda: desk.memory(service.thumbprint))
 
 
 def test_nothing_secret_is_shown(desk):

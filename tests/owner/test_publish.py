@@ -101,7 +101,7 @@ def test_publish_grant_revoke(office):
         assert (revoked.version, revoked.grants) == (3, {})
         refused(NotFound, "not-found.grant", lambda: publisher.revoke("digits", b"u" * 32))
     assert office.state.statement == revoked == office.desk.model("digits").current()
-    assert office.desk.head(office.theatre.realm.id).size == len(office.theatre.realm.service.log.tree)
+    assert office.desk.memory(office.theatre.realm.id).head.size == len(office.theatre.realm.service.log.tree)
 
 
 def test_a_new_version_keeps_its_grants(office):
@@ -266,14 +266,14 @@ def test_an_older_store_put_back_is_noticed_by_the_returning_owner(office):
     assert realm.service.halted
 
 
-def test_an_older_store_put_back_is_noticed_even_by_a_desk_that_lost_its_heads(office):
+def test_an_older_store_put_back_is_noticed_even_by_a_desk_that_lost_its_memory(office):
     office.publish()
     host = office.theatre.realm.host
     older = MemoryHost(records={table: dict(rows) for table, rows in host.records.items()})
     with office.publisher() as publisher:
         publisher.grant("digits", b"u" * 32, NOW + DAY)
     office.theatre.stage.realm = office.theatre.backstage.run(Realm.start(older, office.theatre.realm.clock))
-    for path in office.desk.directory.glob("*.head"):
+    for path in office.desk.directory.glob("*.memory"):
         path.unlink()
     with office.publisher() as publisher:
         refused(Rollback, "rollback.statement", lambda: publisher.grant("digits", b"v" * 32, NOW + DAY))

@@ -15,13 +15,12 @@ from cloister.core.protocol import conversation as module
 from cloister.core.protocol.conversation import (
     LAG_PAUSES,
     Conversation,
-    Outgoing,
-    Pause,
     StaleKey,
     ask_key_service,
 )
 from cloister.core.protocol.document import ServiceDocument, SignedDocument
 from cloister.core.protocol.exchange import Possession
+from cloister.core.protocol.flow import Outgoing, Pause, drive_async
 from cloister.core.protocol.head import TreeHead
 from cloister.errors import (
     AppraisalRefused,
@@ -35,7 +34,6 @@ from cloister.errors import (
     Tampered,
     TransportError,
 )
-from cloister.net.carry import drive_async
 from cloister.net.messages import Answer
 from support.realm import KEY_SERVICE, NOW, STRANGER, Clock, MemoryHost, Realm, policy
 
@@ -292,7 +290,7 @@ def test_outer_errors_are_untrusted_and_never_weaken_anything(script, talk, stat
     script.answer = lambda answer: Answer(status=status, body=body)
     for _ in range(3):
         with pytest.raises(kind) as caught:
-            script.run(ask_key_service(verified, b"/possession", b""))
+            script.run(ask_key_service(verified.document, b"/possession", b""))
         assert caught.value.code == code
         assert caught.value.retryable is (kind is not FormatError)
     bodies = [bytes(outgoing.body) for outgoing in script.sent]
@@ -310,10 +308,10 @@ def test_an_answer_that_is_no_ciphertext(script, talk, body):
 def test_errors_inside_are_the_enclave_s_own(script, talk):
     verified = refresh(script, talk)
     with pytest.raises(NotFound) as caught:
-        script.run(ask_key_service(verified, b"/nothing", b""))
+        script.run(ask_key_service(verified.document, b"/nothing", b""))
     assert caught.value.code == "not-found.route"
     with pytest.raises(FormatError):
-        script.run(ask_key_service(verified, b"/possession", b"\xff"))
+        script.run(ask_key_service(verified.document, b"/possession", b"\xff"))
 
 
 def test_a_host_that_is_away(script, talk):

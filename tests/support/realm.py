@@ -34,6 +34,7 @@ from cloister.core.protocol.document import (
     verify_document,
 )
 from cloister.core.protocol.exchange import HeadRequest, PoolCreation, Publication
+from cloister.core.protocol.flow import Outgoing
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import ReleaseRequest, model_key_info
 from cloister.core.protocol.statement import SealedModel, SignedStatement, Statement, model_id
@@ -152,10 +153,10 @@ class MemoryHost:
             raise TransportError("no document")
         return self.served()
 
-    async def exchange(self, message: bytes | bytearray) -> Answer:
+    async def send(self, outgoing: Outgoing) -> Answer:
         if self.carry is None:
             raise TransportError("no key service")
-        return await self.carry(bytes(message))
+        return await self.carry(bytes(outgoing.body))
 
     async def record(self, table: str, key: bytes) -> tuple[int, bytes] | None:
         return self.records.get(table, {}).get(key)
@@ -257,7 +258,7 @@ class Realm:
         head = Head(
             method=b"POST",
             target=b"/ohttp",
-            fields={b"content-type": b"message/ohttp-req", **(fields or {})},
+            fields={b"content-type": b"message/ohttp-req", b"cloister-sender": b"enclave", **(fields or {})},
         )
         return await self.server.handle(head, memoryview(bytearray(message)))
 

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 
 from cloister.client.identity import Identity
+from cloister.core.protocol.flow import drive_async
 from cloister.core.protocol.statement import SealedModel, Statement, model_id
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.sealing import Section, seal
@@ -23,7 +24,6 @@ from cloister.enclave.worker.main import Worker
 from cloister.enclave.worker.membership import Membership
 from cloister.enclave.worker.models import ModelCache
 from cloister.enclave.worker.routes import WorkerRoutes
-from cloister.net.carry import drive_async
 from cloister.net.messages import Answer, Head
 from cloister.owner.model import load_model
 from support.realm import (

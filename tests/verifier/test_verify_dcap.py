@@ -10,7 +10,7 @@ import pytest
 
 from cloister.core.evidence import Collateral, Evidence
 from cloister.core.verifier import TrustAnchors, verify
-from cloister.core.verifier.result import CollateralMark, newest, require_not_older
+from cloister.core.verifier.result import CollateralMark, CollateralMemory
 from cloister.errors import EvidenceError, EvidenceRefused
 from cloister.sim.authority import FMSPC, Flaws
 
@@ -132,20 +132,24 @@ def test_result_can_be_printed_and_serialised(make_evidence, anchors, now):
 def test_older_collateral_is_noticed(make_evidence, anchors, now):
     fresh = verify(make_evidence(), anchors=anchors, now=now)
     old = verify(make_evidence(flaws=Flaws(age=7200)), anchors=anchors, now=now)
-    seen = newest({}, fresh.collateral)
-    require_not_older(fresh.collateral, seen)
+    seen = CollateralMemory()
+    seen.admit(fresh.collateral)
+    seen.admit(fresh.collateral)
     with pytest.raises(EvidenceRefused) as caught:
-        require_not_older(old.collateral, seen)
+        seen.admit(old.collateral)
     assert caught.value.code == "evidence.collateral-older"
-    require_not_older(fresh.collateral, newest({}, old.collateral))
+    before = CollateralMemory(old.collateral)
+    before.admit(fresh.collateral)
+    assert before.marks == fresh.collateral
 
 
 @pytest.mark.parametrize("older", [CollateralMark(issued=1, number=6), CollateralMark(issued=2, number=5)])
-def test_either_mark_counts(older):
-    seen = {"TCB info": CollateralMark(issued=2, number=6)}
+def test_either_mark_counts_and_a_refusal_leaves_no_mark(older):
+    known = {"TCB info": CollateralMark(issued=2, number=6)}
+    seen = CollateralMemory(known)
     with pytest.raises(EvidenceRefused):
-        require_not_older({"TCB info": older}, seen)
-    assert newest(seen, {"TCB info": older}) == seen
+        seen.admit({"PCK CRL": CollateralMark(issued=9, number=9), "TCB info": older})
+    assert seen.marks == known
 
 
 def test_measurements_do_not_change(make_evidence, anchors, now):

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from cloister.cli.output import print_json, read_text, table
-from cloister.cli.verify import AsJson, Heads, PolicyFile, Url
+from cloister.cli.verify import AsJson, Memory, PolicyFile, Url
 from cloister.client.client import Client
 from cloister.client.identity import Identity
 from cloister.core.protocol.trust import UserPolicy
@@ -26,14 +26,14 @@ def infer(
     output: Annotated[
         Path | None, typer.Option("--output", help="Write the outputs to this .npz instead of printing them.")
     ] = None,
-    heads: Heads = None,
+    memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify the service, send one sealed request, print or write the outputs."""
     arrays = dict(_read_input(text) for text in inputs)
     user = UserPolicy.from_toml(read_text(policy, "user policy"))
-    heads = heads or identity.with_suffix(".head")
-    with Client(url, policy=user, identity=Identity.load(identity), heads=heads) as client:
+    memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
+    with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
         outputs = client.infer(model, arrays)
         stages = client.record.stages
     if output is not None:

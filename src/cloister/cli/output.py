@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cloister.errors import CloisterError, UsageError
+from cloister.party import files
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -57,11 +58,9 @@ def read_text(path: Path, what: str) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; raises UsageError."""
-    fresh = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
+        files.replace(path, text.encode(), mode=0o644)
     except OSError as error:
         raise UsageError(
             "the file can't be written", code="file.write", claim=str(path), actual=error.strerror

@@ -55,6 +55,7 @@ def gateway(
             host=host,
             port=port,
             admin=site.admin,
+            enclaves=site.enclaves,
             blobs=BlobStore(site.blobs, MAX_BLOBS),
             capture=capture,
             limits=Limits(max_body=max_body),
@@ -124,10 +125,8 @@ def _run_enclave(
         logging.info("sandbox: %s", line)
 
     async def main() -> None:
-        admin, public = (
-            Upstream(Peer(unix=site.admin)),
-            Upstream(_public_peer(site), limits=Limits(max_body=64 << 20)),
-        )
+        admin = Upstream(Peer(unix=site.admin))
+        gateway = Upstream(Peer(unix=site.enclaves), limits=Limits(max_body=64 << 20))
         blobs, records = BlobStore(site.blobs, MAX_BLOBS), None
         routes = blob_routes(blobs)
         if role == "key-service":  # a worker has no business with the key service's records
@@ -137,7 +136,7 @@ def _run_enclave(
             platform,
             role,
             site.run_dir(name),
-            link_app(routes, forward=_forward(public), fetch_document=_fetch(public)),
+            link_app(routes, forward=_forward(gateway), fetch_document=_fetch(gateway)),
             _registration(admin, name, pool),
             configuration=configuration.to_bytes(),
             memory_limit=(configuration.settings["memory_mib"] << 20) + BASE_MEMORY,
@@ -147,7 +146,7 @@ def _run_enclave(
             if records is not None:
                 stack.callback(records.close)
             await stack.enter_async_context(aclosing(admin))
-            await stack.enter_async_context(aclosing(public))
+            await stack.enter_async_context(aclosing(gateway))
             stack.push_async_callback(launcher.stop)
             await launcher.start()
             await _until_told()
@@ -172,29 +171,21 @@ def _registration(admin: Upstream, name: str, pool: str) -> Callable[[Path], Awa
     return register
 
 
-def _forward(public: Upstream) -> Callable[[Mapping[str, str], bytes], Awaitable[tuple[int, str, bytes]]]:
+def _forward(gateway: Upstream) -> Callable[[Mapping[str, str], bytes], Awaitable[tuple[int, str, bytes]]]:
     async def forward(fields: Mapping[str, str], body: bytes) -> tuple[int, str, bytes]:
         raw = tuple((name.encode(), value.encode()) for name, value in fields.items())
-        answer = await public.request(b"POST", b"/ohttp", raw, body, timeout=_FORWARD_TIMEOUT)
+        answer = await gateway.request(b"POST", b"/ohttp", raw, body, timeout=_FORWARD_TIMEOUT)
         return answer.status, answer.content_type.decode(), bytes(answer.body)
 
     return forward
 
 
-def _fetch(public: Upstream) -> Callable[[], Awaitable[tuple[int, str, bytes]]]:
+def _fetch(gateway: Upstream) -> Callable[[], Awaitable[tuple[int, str, bytes]]]:
     async def fetch() -> tuple[int, str, bytes]:
-        answer = await public.request(b"GET", b"/.well-known/cloister", (), b"", timeout=_FORWARD_TIMEOUT)
+        answer = await gateway.request(b"GET", b"/.well-known/cloister", (), b"", timeout=_FORWARD_TIMEOUT)
         return answer.status, answer.content_type.decode(), bytes(answer.body)
 
     return fetch
-
-
-def _public_peer(site: Site) -> Peer:
-    url = str(site.read_facts().get("url", ""))
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError("no gateway has started here yet", code="site.gateway", claim=str(site.facts))
-    return Peer(host=host, port=int(port))
 
 
 def _root(site: Site) -> bytes:

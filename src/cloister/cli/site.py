@@ -49,6 +49,11 @@ class Site:
         return self.root / "run" / "gateway.sock"
 
     @property
+    def enclaves(self) -> Path:
+        """The gateway's Unix socket for what enclaves send to each other."""
+        return self.root / "run" / "enclaves.sock"
+
+    @property
     def user_policy(self) -> Path:
         """A user policy that fits this service."""
         return self.root / "user-policy.toml"

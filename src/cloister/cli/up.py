@@ -19,15 +19,16 @@ from rich.markup import escape
 from cloister.cli.output import console, print_json, table, write_text
 from cloister.cli.site import Site, reference_policy
 from cloister.core.identity import thumbprint
-from cloister.core.protocol.conversation import Conversation, Flow, Outgoing, Trust, ask_key_service
+from cloister.core.protocol.conversation import WELL_KNOWN, Conversation, Trust, ask_key_service
 from cloister.core.protocol.document import SignedDocument
 from cloister.core.protocol.exchange import PoolCreation, Receipt
+from cloister.core.protocol.flow import Flow, Outgoing
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.trust import UserPolicy, hex_digest
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import TransportError, Unavailable, UsageError
-from cloister.net.carry import Carrier
 from cloister.owner.policy import ModelPolicy
+from cloister.party.carry import Carrier
 
 START_SECONDS: Final = 60.0  # for each process to be ready
 POLL: Final = 0.05  # seconds
@@ -254,7 +255,7 @@ def create_pool(site: Site, carrier: Carrier, trust: Trust, creation: PoolCreati
     verified = carrier.run(Conversation(trust=trust).refresh(int(time.time())))
 
     def create() -> Flow[Receipt]:
-        content = yield from ask_key_service(verified, b"/pools", creation.to_bytes())
+        content = yield from ask_key_service(verified.document, b"/pools", creation.to_bytes())
         return Receipt.from_bytes(content)
 
     operator = Carrier("http://gateway", httpx.HTTPTransport(uds=str(site.admin)))
@@ -266,7 +267,7 @@ def create_pool(site: Site, carrier: Carrier, trust: Trust, creation: PoolCreati
 
 def _document(carrier: Carrier) -> bytes | None:
     try:
-        answer = carrier.send(Outgoing(method=b"GET", target=b"/.well-known/cloister"))
+        answer = carrier.send(Outgoing(method=b"GET", target=WELL_KNOWN))
     except TransportError:
         return None
     return bytes(answer.body) if answer.status == 200 else None

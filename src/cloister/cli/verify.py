@@ -13,16 +13,17 @@ from cloister.core.protocol.trust import UserPolicy
 
 Url = Annotated[str, typer.Argument(help="URL of a gateway.")]
 PolicyFile = Annotated[Path, typer.Option("--policy", help="User policy (TOML).")]
-Heads = Annotated[
-    Path | None, typer.Option("--heads", help="File that keeps the newest tree head between runs.")
+Memory = Annotated[
+    Path | None,
+    typer.Option("--memory", help="File that keeps what was seen of the service between runs."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
-def verify(url: Url, policy: PolicyFile, heads: Heads = None, as_json: AsJson = False) -> None:
+def verify(url: Url, policy: PolicyFile, memory: Memory = None, as_json: AsJson = False) -> None:
     """Verify a service under a policy and print the record."""
     user = UserPolicy.from_toml(read_text(policy, "user policy"))
-    with Client(url, policy=user, heads=heads) as client:
+    with Client(url, policy=user, memory=memory) as client:
         verified = client.verify()
         for entry in verified.document.pools:
             user.require_pool(entry)

@@ -15,13 +15,13 @@ from cloister.client.identity import Identity
 from cloister.client.session import Session, model_path
 from cloister.core import oip
 from cloister.core.ohttp import bhttp
-from cloister.core.protocol.conversation import Flow
 from cloister.core.protocol.document import VerifiedDocument
+from cloister.core.protocol.flow import Flow
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.verifier.result import Step
 from cloister.errors import InvalidRequest
-from cloister.net.carry import AsyncCarrier, Carrier
+from cloister.party.carry import AsyncCarrier, Carrier
 
 Array = oip.Array
 
@@ -70,12 +70,12 @@ class _Base:
         *,
         policy: UserPolicy,
         identity: Identity | None = None,
-        heads: Path | None = None,
+        memory: Path | None = None,
         aliases: dict[str, str] | None = None,
         now: Callable[[], int] = lambda: int(time.time()),
     ) -> None:
         self._session = Session(
-            policy=policy, identity=identity, now=now, heads=heads, aliases=dict(aliases or {})
+            policy=policy, identity=identity, now=now, memory=memory, aliases=dict(aliases or {})
         )
         self._stages: dict[str, float] = {}
 
@@ -130,7 +130,7 @@ class Client(_Base):
         url: Of any gateway of the service; nothing about it is trusted.
         policy: What must hold before a request leaves.
         identity: Who asks; None for a client that only verifies.
-        heads: File that keeps the newest tree head between runs, so that a rollback is noticed.
+        memory: File that keeps what was seen of the service between runs, so that a rollback is noticed.
         aliases: Short names for model ids.
         transport: An httpx transport for the outer requests, for tests and special networks.
         now: The user's own clock, Unix seconds.
@@ -142,12 +142,12 @@ class Client(_Base):
         *,
         policy: UserPolicy,
         identity: Identity | None = None,
-        heads: Path | None = None,
+        memory: Path | None = None,
         aliases: dict[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
         now: Callable[[], int] = lambda: int(time.time()),
     ) -> None:
-        super().__init__(policy=policy, identity=identity, heads=heads, aliases=aliases, now=now)
+        super().__init__(policy=policy, identity=identity, memory=memory, aliases=aliases, now=now)
         self._carrier = Carrier(url, transport)
 
     def verify(self) -> VerifiedDocument:
@@ -207,12 +207,12 @@ class AsyncClient(_Base):
         *,
         policy: UserPolicy,
         identity: Identity | None = None,
-        heads: Path | None = None,
+        memory: Path | None = None,
         aliases: dict[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         now: Callable[[], int] = lambda: int(time.time()),
     ) -> None:
-        super().__init__(policy=policy, identity=identity, heads=heads, aliases=aliases, now=now)
+        super().__init__(policy=policy, identity=identity, memory=memory, aliases=aliases, now=now)
         self._carrier = AsyncCarrier(url, transport)
 
     async def verify(self) -> VerifiedDocument:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 from pathlib import Path
 from typing import Final
@@ -11,6 +9,7 @@ from typing import Final
 from cloister.core.identity import SigningKey, derive_user_key
 from cloister.core.secret import Secret
 from cloister.errors import UsageError
+from cloister.party import files
 
 _LABEL: Final = "cloister-user-secret-v1"
 _SIZE: Final = 32  # bytes
@@ -29,10 +28,8 @@ class Identity:
     def create(cls, path: Path) -> Identity:
         """Make an identity and write it to ``path`` (mode 0600); raises UsageError where the file exists."""
         secret = Secret(os.urandom(_SIZE))
-        text = f"{_LABEL} {base64.b64encode(secret.reveal()).decode()}\n"
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            files.create_secret(path, _LABEL, secret)
         except OSError as error:
             raise UsageError(
                 "the identity file can't be made",
@@ -41,30 +38,23 @@ class Identity:
                 expected="a path where no file is yet",
                 actual=f"{path}: {error.strerror}",
             ) from error
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
         return cls(secret)
 
     @classmethod
     def load(cls, path: Path) -> Identity:
         """Read an identity; raises UsageError."""
         try:
-            words = path.read_text(encoding="ascii").split()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not text"
+            secret = files.read_secret(path, _LABEL, _SIZE)
+        except OSError as error:
             raise UsageError(
                 "the identity file can't be read",
                 code="identity.file",
                 claim="identity file",
                 expected="a readable file",
-                actual=f"{path}: {reason}",
+                actual=f"{path}: {error.strerror}",
                 hint="Make one with: cloister user init",
             ) from error
-        try:
-            raw = base64.b64decode(words[1], validate=True) if len(words) == 2 and words[0] == _LABEL else b""
-        except binascii.Error:
-            raw = b""
-        if len(raw) != _SIZE:
+        if secret is None:
             raise UsageError(
                 "the file is no Cloister identity",
                 code="identity.format",
@@ -72,7 +62,7 @@ class Identity:
                 expected=_LABEL,
                 actual="another",
             )
-        return cls(Secret(raw))
+        return cls(secret)
 
     def key_at(self, owner: bytes) -> SigningKey:
         """The signing key at one owner (its thumbprint, 32 bytes); derived once."""

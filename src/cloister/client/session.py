@@ -21,10 +21,11 @@ from urllib.parse import unquote_to_bytes
 from cloister.client.identity import Identity
 from cloister.core.ohttp import bhttp, encapsulation
 from cloister.core.ohttp.keyconfig import select
+from cloister.core.protocol import outer
 from cloister.core.protocol.authorization import FIELD, REQUEST_ID_SIZE, RequestAuthorization, RequestContext
-from cloister.core.protocol.conversation import Conversation, Flow, Pause, StaleKey, finish_exchange
+from cloister.core.protocol.conversation import Conversation, StaleKey, finish_exchange
 from cloister.core.protocol.document import PoolEntry, ServedModel, ServiceDocument, VerifiedDocument
-from cloister.core.protocol.head import TreeHead
+from cloister.core.protocol.flow import Flow, Pause
 from cloister.core.protocol.statement import owner_of
 from cloister.core.protocol.trust import UserPolicy
 from cloister.errors import (
@@ -36,11 +37,11 @@ from cloister.errors import (
     Unavailable,
     UsageError,
 )
+from cloister.party.memory import Memory
 
 REQUEST_LIFETIME: Final = 120  # seconds
 RETRY_PAUSES: Final = (0.05, 0.2, 0.5, 1.0)  # seconds before each further attempt
 SHARED_PAUSE: Final = 0.005  # seconds between looks at a verification that another task makes
-MODEL_HINT: Final = b"cloister-model"
 _MODELS: Final = b"/v2/models/"
 _STALE: Final = frozenset({"access.statement", "binding.epoch", "binding.request"})
 
@@ -62,7 +63,7 @@ class Session:
         policy: What the user demands.
         identity: Who signs; None for a client that only verifies.
         now: The user's own clock, Unix seconds.
-        heads: File that keeps the newest tree head between runs; None keeps it for this run only.
+        memory: File that keeps the newest tree head and collateral between runs; None: for this run only.
         aliases: Short names for model ids; resolved here and nowhere else.
         pool_only: Leave the model out of the visible routing hints.
     """
@@ -70,7 +71,7 @@ class Session:
     policy: UserPolicy
     identity: Identity | None
     now: Callable[[], int]
-    heads: Path | None = None
+    memory: Path | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     pool_only: bool = True
     conversation: Conversation = field(init=False)
@@ -80,9 +81,7 @@ class Session:
     _failure: TransportError | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.conversation = Conversation(
-            trust=self.policy.trust, head=_read_head(self.heads, self.policy.service)
-        )
+        self.conversation = Memory.load(self.memory).resume(self.policy.trust)
 
     def ensure(self) -> Flow[VerifiedDocument]:
         """The service document, verified in full unless it still holds (step 1)."""
@@ -111,7 +110,7 @@ class Session:
             raise
         finally:
             self._refreshing = False
-        _write_head(self.heads, self.conversation.head)
+        Memory.of(self.conversation).save(self.memory)
         return verified
 
     def request(self, model: str, inner: bhttp.Request) -> Flow[bhttp.Response]:
@@ -222,7 +221,7 @@ class Session:
             fields=(*inner.fields, (FIELD, authorization.to_field())),
             content=inner.content,
         )
-        hints = () if self.pool_only else ((MODEL_HINT, model.encode()),)
+        hints = () if self.pool_only else ((outer.MODEL, model.encode()),)
         return (yield from finish_exchange(sealer, pool_id.hex().encode(), signed, hints))
 
     def _refresh_newer(self, failure: CloisterError) -> Flow[VerifiedDocument]:
@@ -280,36 +279,3 @@ def _model_part(path: bytes) -> bytes:
 
 def _wants_refresh(failure: CloisterError) -> bool:
     return isinstance(failure, StaleKey) or failure.code in _STALE or failure.code == "not-found.model"
-
-
-def _read_head(path: Path | None, service: bytes) -> TreeHead | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        head = TreeHead.from_bytes(path.read_bytes())
-    except OSError as error:
-        raise UsageError(
-            "the file of the last tree head can't be read",
-            code="heads.file",
-            claim=str(path),
-            actual=error.strerror,
-        ) from error
-    head.verify(service)
-    return head
-
-
-def _write_head(path: Path | None, head: TreeHead | None) -> None:
-    if path is None or head is None:
-        return
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + f".{os.getpid()}")
-        fresh.write_bytes(head.to_bytes())
-        fresh.replace(path)
-    except OSError as error:
-        raise UsageError(
-            "the file of the last tree head can't be written",
-            code="heads.file",
-            claim=str(path),
-            actual=error.strerror,
-        ) from error

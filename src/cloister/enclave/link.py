@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from cloister.core.encoding import decode, encode
-from cloister.core.ohttp.encapsulation import MEDIA_TYPE_REQUEST
 from cloister.core.protocol.document import MAX_DOCUMENT
+from cloister.core.protocol.flow import Outgoing
 from cloister.core.protocol.limits import MAX_SEALED_MODEL
 from cloister.errors import FormatError, NotFound, TransportError, Unavailable
 from cloister.net.link import Peer, Upstream
@@ -38,10 +38,11 @@ class HostLink:
             )
         return bytes(answer.body)
 
-    async def exchange(self, message: bytes | bytearray) -> Answer:
-        """Carry an encapsulated request to the key service; returns the outer answer as it came."""
-        fields = ((b"content-type", MEDIA_TYPE_REQUEST.encode()), (b"cloister-pool", b"key-service"))
-        return await self._host.request(b"POST", b"/ohttp", fields, message, timeout=TIMEOUT)
+    async def send(self, outgoing: Outgoing) -> Answer:
+        """Carry an encapsulated request to another enclave; returns the outer answer as it came."""
+        return await self._host.request(
+            outgoing.method, outgoing.target, outgoing.fields, outgoing.body, timeout=TIMEOUT
+        )
 
     async def record(self, table: str, key: bytes) -> tuple[int, bytes] | None:
         """Version and sealed bytes of one record; None where the host says there is none."""

@@ -17,14 +17,13 @@ from typing import Final
 from cloister.core.ohttp import bhttp
 from cloister.core.ohttp.encapsulation import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Decapsulation, Gateway
 from cloister.core.ohttp.kem import PrivateKey
-from cloister.core.protocol import problem
+from cloister.core.protocol import outer, problem
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.errors import BindingRefused, CloisterError, NotFound
 from cloister.net.messages import Answer, Head
 
 log: Final = logging.getLogger(__name__)
 CBOR: Final = b"application/cbor"
-OPERATOR: Final = b"cloister-operator"
 _REQUEST_TYPE: Final = MEDIA_TYPE_REQUEST.encode()
 _RESPONSE_TYPE: Final = MEDIA_TYPE_RESPONSE.encode()
 MAX_WAITING: Final = 64  # requests that wait for a key; more are refused at once
@@ -41,7 +40,7 @@ class InnerRequest:
         key_id: Which key configuration opened it.
         arrived: Monotonic seconds when its last ciphertext byte was there.
         opened: Monotonic seconds when it was decrypted.
-        operator: Whether the host marked it as its operator's; the host may lie.
+        sender: Whose the host says it is: ``outer.OPERATOR``, ``outer.ENCLAVE``, empty for the public's.
     """
 
     http: bhttp.Request
@@ -49,7 +48,7 @@ class InnerRequest:
     key_id: int
     arrived: float
     opened: float
-    operator: bool = False
+    sender: bytes = b""
 
 
 Handler = Callable[[InnerRequest], Awaitable[bhttp.Response]]
@@ -92,7 +91,7 @@ class EnclaveServer:
             return _outer(400, _KEY_PROBLEM, error.code)
         except CloisterError as error:
             return _outer(400, "about:blank", error.code)
-        response = await self._answer(exchange, plaintext, arrived, operator=OPERATOR in head.fields)
+        response = await self._answer(exchange, plaintext, arrived, head.fields.get(outer.SENDER, b""))
         return Answer(
             status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True))
         )
@@ -116,8 +115,7 @@ class EnclaveServer:
         exchange: Decapsulation,
         plaintext: bytes | bytearray | memoryview,
         arrived: float,
-        *,
-        operator: bool,
+        sender: bytes,
     ) -> bhttp.Response:
         try:
             request = InnerRequest(
@@ -126,7 +124,7 @@ class EnclaveServer:
                 key_id=exchange.key_id,
                 arrived=arrived,
                 opened=time.monotonic(),
-                operator=operator,
+                sender=sender,
             )
             return await self._handler(request)
         except CloisterError as error:

@@ -5,19 +5,19 @@ Everything in it is secret (mode 0700, files 0600) and stays on the owner's mach
 
 from __future__ import annotations
 
-import base64
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from cloister.core.encoding import decode, encode, unpack
 from cloister.core.identity import SigningKey
-from cloister.core.protocol.head import TreeHead
+from cloister.core.protocol.conversation import Conversation
 from cloister.core.protocol.release import MODEL_KEY_SIZE
 from cloister.core.protocol.statement import SealedModel, SignedStatement, Statement, model_id
 from cloister.core.secret import Secret
 from cloister.errors import FormatError, UsageError
+from cloister.party import files
+from cloister.party.memory import Memory
 
 _KEY_FILE: Final = "owner.key"
 _LABEL: Final = "cloister-owner-key-v1"
@@ -92,10 +92,8 @@ class Desk:
     def create(cls, directory: Path) -> Desk:
         """Make a desk with a new owner key; raises UsageError where one is there already."""
         key = SigningKey.generate()
-        text = f"{_LABEL} {base64.b64encode(key.seed().reveal()).decode()}\n"
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private(directory / _KEY_FILE, text.encode(), exclusive=True)
+            files.create_secret(directory / _KEY_FILE, _LABEL, key.seed())
         except OSError as error:
             raise UsageError(
                 "the owner's desk can't be made",
@@ -111,10 +109,7 @@ class Desk:
         """Open a desk; raises UsageError."""
         path = directory / _KEY_FILE
         try:
-            words = path.read_text(encoding="ascii").split()
-            seed = (
-                base64.b64decode(words[1], validate=True) if len(words) == 2 and words[0] == _LABEL else b""
-            )
+            seed = files.read_secret(path, _LABEL, 32)
         except OSError as error:
             raise UsageError(
                 "the owner's key can't be read",
@@ -124,9 +119,7 @@ class Desk:
                 actual=f"{path}: {error.strerror}",
                 hint="Make one with: cloister owner init",
             ) from error
-        except ValueError:
-            seed = b""
-        if len(seed) != 32:
+        if seed is None:
             raise UsageError(
                 "the file is no owner key",
                 code="owner.key",
@@ -134,7 +127,7 @@ class Desk:
                 expected=_LABEL,
                 actual="another",
             )
-        return cls(directory, SigningKey(Secret(seed)))
+        return cls(directory, SigningKey(seed))
 
     @property
     def owner(self) -> bytes:
@@ -171,45 +164,24 @@ class Desk:
 
     def keep(self, model: DeskModel) -> None:
         """Write a model's file, whole or not at all."""
-        self._write(self._path(model.name), model.to_bytes())
-
-    def head(self, service: bytes) -> TreeHead | None:
-        """The newest tree head seen of a service."""
-        path = self._head_path(service)
-        if not path.exists():
-            return None
+        path = self._path(model.name)
         try:
-            return TreeHead.from_bytes(path.read_bytes())
-        except (OSError, FormatError) as error:
-            raise UsageError(
-                "the desk's last tree head can't be read", code="owner.desk", claim=str(path)
-            ) from error
-
-    def keep_head(self, head: TreeHead) -> None:
-        """Remember a tree head."""
-        self._write(self._head_path(head.service), head.to_bytes())
-
-    def _path(self, name: str) -> Path:
-        return self.directory / f"{name}{_SUFFIX}"
-
-    def _head_path(self, service: bytes) -> Path:
-        return self.directory / f"{service.hex()[:32]}.head"
-
-    def _write(self, path: Path, content: bytes) -> None:
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            write_private(fresh, content)
-            fresh.replace(path)
+            files.replace(path, model.to_bytes())
         except OSError as error:
             raise UsageError(
                 "the owner's desk can't be written", code="owner.desk", claim=str(path), actual=error.strerror
             ) from error
 
+    def memory(self, service: bytes) -> Memory:
+        """What was seen of a service; raises UsageError."""
+        return Memory.load(self._memory_path(service))
 
-def write_private(path: Path, content: bytes, *, exclusive: bool = False) -> None:
-    """Write a file that only its owner may read, and make it durable."""
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if exclusive else os.O_TRUNC)
-    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    def remember(self, conversation: Conversation) -> None:
+        """Keep what a conversation saw of its service; raises UsageError."""
+        Memory.of(conversation).save(self._memory_path(conversation.trust.service))
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}{_SUFFIX}"
+
+    def _memory_path(self, service: bytes) -> Path:
+        return self.directory / f"{service.hex()[:32]}.memory"

@@ -14,16 +14,17 @@ from cloister.core.encoding import decode, unpack
 from cloister.core.ohttp import hpke
 from cloister.core.ohttp.keyconfig import select
 from cloister.core.protocol.configuration import require_anchor
-from cloister.core.protocol.conversation import Conversation, Flow, Trust, ask_key_service
+from cloister.core.protocol.conversation import Conversation, Trust, ask_key_service
 from cloister.core.protocol.document import VerifiedDocument
 from cloister.core.protocol.exchange import Publication, Receipt, StatementQuery
+from cloister.core.protocol.flow import Flow
 from cloister.core.protocol.release import model_key_info
 from cloister.core.protocol.statement import SealedModel, SignedStatement, Statement
 from cloister.core.verifier.appraisal import AppraisalPolicy, appraise
 from cloister.errors import CloisterError, NotFound, Rollback, UsageError
-from cloister.net.carry import Carrier
 from cloister.owner.desk import Desk, DeskModel
 from cloister.owner.policy import ModelPolicy
+from cloister.party.carry import Carrier
 
 PIECE: Final = 1 << 20  # bytes of an upload
 Progress = Callable[[int, int], None]
@@ -55,7 +56,7 @@ class Publisher:
         self._now = now
         self._carrier = Carrier(url, transport)
         trust = Trust(service=service, key_service=key_service)
-        self._conversation = Conversation(trust=trust, head=desk.head(service))
+        self._conversation = desk.memory(service).resume(trust)
 
     @property
     def conversation(self) -> Conversation:
@@ -65,8 +66,7 @@ class Publisher:
     def verify(self) -> VerifiedDocument:
         """Verify the service, and that it extends what this desk has seen of it."""
         verified = self._carrier.run(self._conversation.refresh(self._now()))
-        if self._conversation.head is not None:
-            self._desk.keep_head(self._conversation.head)
+        self._desk.remember(self._conversation)
         return verified
 
     def publish(
@@ -175,7 +175,10 @@ class Publisher:
         signed = SignedStatement.sign(statement, self._desk.key)
         receipt = self._carrier.run(self._deliver(model, statement, signed, pool, with_key=with_key))
         self._desk.keep(replace(model, statement=signed, pool=pool))
-        self._desk.keep_head(receipt.head)
+        known = self._conversation.head
+        if known is None or receipt.head.size >= known.size:
+            self._conversation.head = receipt.head
+        self._desk.remember(self._conversation)
         return statement
 
     def _deliver(
@@ -196,7 +199,7 @@ class Publisher:
             statement=signed, sealed_key=sealed_key, key_id=configuration.key_id, pool=pool
         )
         try:
-            content = yield from ask_key_service(verified, b"/statements", publication.to_bytes())
+            content = yield from ask_key_service(verified.document, b"/statements", publication.to_bytes())
         except Rollback as error:
             yield from self._explain(verified, model, error)
             raise
@@ -210,7 +213,7 @@ class Publisher:
         query = StatementQuery.sign(
             self._desk.key, service=self._conversation.trust.service, model=name, time=self._now()
         )
-        content = yield from ask_key_service(verified, b"/statements/current", query.to_bytes())
+        content = yield from ask_key_service(verified.document, b"/statements/current", query.to_bytes())
         fields = unpack(decode(content, what="statement"), "current statement", pool=bytes, statement=dict)
         signed = SignedStatement.from_data(fields["statement"])
         theirs, ours = signed.open(), model.current()

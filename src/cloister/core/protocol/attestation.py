@@ -6,7 +6,8 @@ Verification, numbered as the body cites it:
 2. the configuration text hashes to the attested digest, and names the anchor that the policy names;
 3. the evidence verifies under the policy's trust anchors;
 4. the policy admits what the evidence says;
-5. REPORTDATA is the digest of all of the above and of the keys.
+5. REPORTDATA is the digest of all of the above and of the keys;
+6. the collateral is not older than any that the verifier has seen.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cloister.core.identity import CONTEXT
 from cloister.core.protocol.configuration import EnclaveConfiguration, Role, require_anchor
 from cloister.core.verifier import verify
 from cloister.core.verifier.appraisal import AppraisalPolicy, appraise
-from cloister.core.verifier.result import Step, VerifiedEvidence
+from cloister.core.verifier.result import CollateralMemory, Step, VerifiedEvidence
 from cloister.errors import BindingRefused, FormatError
 
 Purpose = Literal["service-document", "release"]
@@ -155,6 +156,7 @@ def verify_attestation(
     service: bytes,
     pool: bytes | None,
     freshness: tuple[FreshnessKind, bytes],
+    seen: CollateralMemory | None = None,
 ) -> Attested:
     """Verify an attestation for one purpose.
 
@@ -167,11 +169,12 @@ def verify_attestation(
         service: The service id demanded.
         pool: The pool id demanded, or None.
         freshness: The kind and the value demanded.
+        seen: Collateral that the relying party remembers; updated once all else holds.
 
     Raises:
         BindingRefused: step 1 or 5.
         AppraisalRefused: step 2 or 4.
-        EvidenceRefused: step 3.
+        EvidenceRefused: step 3 or 6.
     """
     binding = attestation.binding
     _require("purpose", purpose, binding.purpose)  # step 1
@@ -193,6 +196,8 @@ def verify_attestation(
             expected=expected.hex(),
             actual=verified.report_data.hex(),
         )
+    if seen is not None:  # step 6
+        seen.admit(verified.collateral)
     return Attested(
         evidence=verified,
         configuration=configuration,

@@ -1,68 +1,33 @@
-"""A relying party's conversation with a service, without I/O: generators that say what to send.
-
-Each step yields an `Outgoing` and is sent the answer (status, body), or has a `TransportError` thrown in. So
-owners and users, synchronous and asynchronous programs, and tests that play the host run the very same
-protocol.
-"""
+"""A relying party's conversation with a service, as flows (`cloister.core.protocol.flow`)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
 from cloister.core.ohttp import bhttp, encapsulation
 from cloister.core.ohttp.hpke import Suite
 from cloister.core.ohttp.keyconfig import KeyConfiguration, select
-from cloister.core.protocol import problem
-from cloister.core.protocol.document import MAX_DOCUMENT, SIGNING_ALGORITHM, VerifiedDocument, verify_document
+from cloister.core.protocol import outer, problem
+from cloister.core.protocol.document import (
+    MAX_DOCUMENT,
+    SIGNING_ALGORITHM,
+    ServiceDocument,
+    VerifiedDocument,
+    verify_document,
+)
 from cloister.core.protocol.exchange import NONCE_SIZE, HeadRequest, Possession
+from cloister.core.protocol.flow import Flow, Incoming, Outgoing, Pause
 from cloister.core.protocol.head import TreeHead
 from cloister.core.verifier.appraisal import AppraisalPolicy
-from cloister.core.verifier.result import Step
+from cloister.core.verifier.result import CollateralMemory, Step
 from cloister.errors import CloisterError, FormatError, NotFound, Overloaded, Rollback, TransportError
 
 WELL_KNOWN: Final = b"/.well-known/cloister"
-KEY_SERVICE: Final = b"key-service"
 LAG_PAUSES: Final = (0.15, 0.15, 0.3)  # seconds that a cache is given to follow the service
-POOL_FIELD: Final = b"cloister-pool"
 _REQUEST_TYPE: Final = encapsulation.MEDIA_TYPE_REQUEST.encode()
 _KEY_PROBLEM: Final = b"#ohttp-key"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outgoing:
-    """One outer HTTP request."""
-
-    method: bytes
-    target: bytes
-    fields: tuple[tuple[bytes, bytes], ...] = ()
-    body: bytes | bytearray = field(default=b"", repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """A wait before the conversation goes on."""
-
-    seconds: float
-
-
-class Incoming(Protocol):
-    """What a conversation looks at of an outer answer."""
-
-    @property
-    def status(self) -> int:
-        """The status."""
-
-    @property
-    def body(self) -> bytes | bytearray | memoryview:
-        """The whole body."""
-
-
-Flow = Generator[Outgoing | Pause, Incoming, T]
 
 
 class StaleKey(TransportError):
@@ -84,6 +49,7 @@ class Conversation:
     Attributes:
         trust: What it demands.
         head: The newest tree head it has seen; kept between runs by whoever owns this.
+        collateral: The newest collateral it has seen; kept likewise.
         verified: The document it goes by; None before the first `refresh`.
         possession: The proof that came with it.
         steps: Everything that was checked for it, in order.
@@ -92,6 +58,7 @@ class Conversation:
 
     trust: Trust
     head: TreeHead | None = None
+    collateral: CollateralMemory = field(default_factory=CollateralMemory)
     verified: VerifiedDocument | None = None
     possession: Possession | None = None
     steps: tuple[Step, ...] = ()
@@ -151,9 +118,11 @@ class Conversation:
         if answer.status != 200:
             raise _outer_error(answer)
         raw = bytes(answer.body[: MAX_DOCUMENT + 1])
-        verified = verify_document(raw, policy=self.trust.key_service, service=self.trust.service, now=now)
+        verified = verify_document(
+            raw, policy=self.trust.key_service, service=self.trust.service, now=now, seen=self.collateral
+        )
         request = HeadRequest(nonce=os.urandom(NONCE_SIZE), head=before)
-        content = yield from ask_key_service(verified, b"/possession", request.to_bytes())
+        content = yield from ask_key_service(verified.document, b"/possession", request.to_bytes())
         possession = Possession.from_bytes(content)
         service_key = verified.attested.binding.key(SIGNING_ALGORITHM)
         possession.verify(request, service=self.trust.service, service_key=service_key)
@@ -173,18 +142,18 @@ class Conversation:
             )
 
 
-def ask_key_service(verified: VerifiedDocument, path: bytes, content: bytes) -> Flow[memoryview]:
+def ask_key_service(document: ServiceDocument, path: bytes, content: bytes) -> Flow[memoryview]:
     """One encapsulated exchange with the key service; gives the content of its answer.
 
     Raises:
         CloisterError: what the key service answered inside the encapsulation.
         TransportError: what went wrong outside.
     """
-    configuration, suite = select(verified.document.keys)
+    configuration, suite = select(document.keys)
     inner = bhttp.Request(
         method=b"POST", path=path, fields=((b"content-type", b"application/cbor"),), content=content
     )
-    response = yield from exchange(configuration, suite, KEY_SERVICE, inner)
+    response = yield from exchange(configuration, suite, outer.KEY_SERVICE, inner)
     return memoryview(response.content)
 
 
@@ -206,7 +175,7 @@ def finish_exchange(
     answer = yield Outgoing(
         method=b"POST",
         target=b"/ohttp",
-        fields=((b"content-type", _REQUEST_TYPE), (POOL_FIELD, pool), *hints),
+        fields=((b"content-type", _REQUEST_TYPE), (outer.POOL, pool), *hints),
         body=sealer.seal(inner.to_bytes(pad=True)),
     )
     if answer.status != 200:

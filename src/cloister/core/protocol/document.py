@@ -25,7 +25,7 @@ from cloister.core.protocol.limits import CLOCK_SKEW, MAX_DOCUMENT_LIFETIME, MAX
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.statement import ServingOptions, owner_of
 from cloister.core.verifier.appraisal import AppraisalPolicy
-from cloister.core.verifier.result import Step
+from cloister.core.verifier.result import CollateralMemory, Step
 from cloister.errors import BindingRefused, EvidenceRefused, FormatError, NotFound
 
 PURPOSE: Final = "service document"
@@ -281,7 +281,14 @@ class VerifiedDocument:
     not_after: int
 
 
-def verify_document(raw: bytes, *, policy: AppraisalPolicy, service: bytes, now: int) -> VerifiedDocument:
+def verify_document(
+    raw: bytes,
+    *,
+    policy: AppraisalPolicy,
+    service: bytes,
+    now: int,
+    seen: CollateralMemory | None = None,
+) -> VerifiedDocument:
     """Verify a service document.
 
     Args:
@@ -289,6 +296,7 @@ def verify_document(raw: bytes, *, policy: AppraisalPolicy, service: bytes, now:
         policy: The relying party's reference values for key services.
         service: The service id that it pinned (32 bytes).
         now: Its own time, Unix seconds.
+        seen: Collateral that it remembers; updated.
 
     Raises:
         FormatError: it does not parse.
@@ -312,6 +320,7 @@ def verify_document(raw: bytes, *, policy: AppraisalPolicy, service: bytes, now:
         service=service,
         pool=None,
         freshness=("epoch", document.epoch.to_bytes(8)),
+        seen=seen,
     )
     if attested.binding.keys != attested_keys(document.keys, signed.key):
         raise BindingRefused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from cloister.core.verifier.chain import time_text
@@ -144,38 +145,43 @@ class VerifiedEvidence:
         return found
 
 
-def require_not_older(found: Mapping[str, CollateralMark], seen: Mapping[str, CollateralMark]) -> None:
-    """Refuse collateral older than any seen before: a host could hide a revocation or a new TCB level.
+class CollateralMemory:
+    """The newest collateral seen. Older collateral could hide a revocation or a new TCB level (DESIGN, 4.7).
+
+    It grows by one mark for each issuer and platform family that a trust anchor vouches for.
 
     Args:
-        found: Marks of the evidence at hand.
-        seen: Marks remembered, for example by `newest`.
-
-    Raises:
-        EvidenceRefused: code ``evidence.collateral-older``.
+        marks: What was seen before, by name.
     """
-    for name, mark in found.items():
-        known = seen.get(name)
-        if known is not None and (mark.issued < known.issued or mark.number < known.number):
-            raise EvidenceRefused(
-                code="evidence.collateral-older",
-                claim=f"age of {name}",
-                expected=f"{time_text(known.issued)}, number {known.number} or newer",
-                actual=f"{time_text(mark.issued)}, number {mark.number}",
-            )
 
+    def __init__(self, marks: Mapping[str, CollateralMark] = MappingProxyType({})) -> None:
+        self._marks = dict(marks)
 
-def newest(
-    seen: Mapping[str, CollateralMark], found: Mapping[str, CollateralMark]
-) -> dict[str, CollateralMark]:
-    """The marks to remember once ``found`` is accepted: per name the later date and the higher number."""
-    merged = dict(seen)
-    for name, mark in found.items():
-        known = merged.get(name, mark)
-        merged[name] = CollateralMark(
-            issued=max(known.issued, mark.issued), number=max(known.number, mark.number)
-        )
-    return merged
+    @property
+    def marks(self) -> Mapping[str, CollateralMark]:
+        """Per name the latest issue date and the highest number."""
+        return MappingProxyType(self._marks)
+
+    def admit(self, found: Mapping[str, CollateralMark]) -> None:
+        """Remember the marks of accepted evidence.
+
+        Raises:
+            EvidenceRefused: code ``evidence.collateral-older``; nothing is remembered of it.
+        """
+        merged = {}
+        for name, mark in found.items():
+            known = self._marks.get(name, mark)
+            if mark.issued < known.issued or mark.number < known.number:
+                raise EvidenceRefused(
+                    "the collateral is older than what was seen before",
+                    code="evidence.collateral-older",
+                    claim=f"age of {name}",
+                    expected=f"{time_text(known.issued)}, number {known.number} or newer",
+                    actual=f"{time_text(mark.issued)}, number {mark.number}",
+                    hint="Its host staples old collateral; have it fetched anew",
+                )
+            merged[name] = mark
+        self._marks.update(merged)
 
 
 def _plain(value: bytes | int) -> str | int:

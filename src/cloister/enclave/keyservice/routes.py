@@ -7,6 +7,7 @@ from typing import Final
 
 from cloister.core.encoding import encode
 from cloister.core.ohttp import bhttp
+from cloister.core.protocol import outer
 from cloister.core.protocol.exchange import HeadRequest, PoolCreation, Publication, StatementQuery
 from cloister.core.protocol.release import ReleaseRequest
 from cloister.enclave.keyservice.service import KeyService
@@ -27,13 +28,14 @@ class KeyServiceRoutes:
         route = _ROUTES.get(request.http.path) if request.http.method == b"POST" else None
         if route is None:
             raise route_not_found(request)
-        if route is _create_pool and not request.operator:
+        expected = _SENDERS.get(route)
+        if expected is not None and request.sender != expected:
             raise AccessRefused(
-                "only the operator creates pools",
-                code="access.operator",
+                "this route is not for everyone",
+                code="access.sender",
                 claim="sender",
-                expected="the operator, through the gateway's admin socket",
-                actual="the public",
+                expected=_WHO[expected],
+                actual=_WHO.get(request.sender, "the public"),
             )
         return cbor_response(await route(self._service, memoryview(request.http.content)))
 
@@ -70,4 +72,15 @@ _ROUTES: Final[dict[bytes, _Route]] = {
     b"/statements": _publish,
     b"/statements/current": _current_statement,
     b"/pools": _create_pool,
+}
+
+# Only the host can break this, by lying: it keeps strangers from creating pools and from costly appraisals.
+_SENDERS: Final[dict[_Route, bytes]] = {
+    _challenge: outer.ENCLAVE,
+    _release: outer.ENCLAVE,
+    _create_pool: outer.OPERATOR,
+}
+_WHO: Final = {
+    outer.ENCLAVE: "an enclave, through its launcher",
+    outer.OPERATOR: "the operator, through the gateway's admin socket",
 }

@@ -37,6 +37,7 @@ from cloister.core.protocol.release import (
 from cloister.core.protocol.statement import Statement
 from cloister.core.secret import Secret
 from cloister.core.verifier.appraisal import appraise
+from cloister.core.verifier.result import CollateralMemory
 from cloister.enclave.attester import Attester
 from cloister.enclave.keyservice.challenges import Challenges
 from cloister.enclave.keyservice.documents import DocumentMaker
@@ -76,6 +77,7 @@ class KeyService:
         self.documents: Final = DocumentMaker(log, attester, configuration)
         self._configuration: Final = configuration
         self._challenges: Final = Challenges()
+        self._collateral: Final = CollateralMemory()
         self._possession: Final = PossessionDesk(log, lambda: self.documents.digest)
         self._appraisals: Final = asyncio.Semaphore(1)
         self._appraising = 0
@@ -308,6 +310,7 @@ class KeyService:
                     service=self.log.service,
                     pool=pool.id,
                     freshness=("challenge", request.challenge),
+                    seen=self._collateral,
                 )
         finally:
             self._appraising -= 1

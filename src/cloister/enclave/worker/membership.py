@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloister.core.identity import SigningKey
-from cloister.core.ohttp import bhttp, encapsulation, hpke
+from cloister.core.ohttp import hpke
 from cloister.core.ohttp.kem import PrivateKey, generate_private_key
-from cloister.core.ohttp.keyconfig import KeyConfiguration, select
-from cloister.core.protocol import problem
+from cloister.core.ohttp.keyconfig import KeyConfiguration
 from cloister.core.protocol.attestation import Attestation, Binding
 from cloister.core.protocol.configuration import EnclaveConfiguration
+from cloister.core.protocol.conversation import ask_key_service
 from cloister.core.protocol.document import KEM_NAMES, SIGNING_ALGORITHM, ServiceDocument, verify_document
 from cloister.core.protocol.exchange import Challenge, HeadRequest
+from cloister.core.protocol.flow import drive_async
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import (
@@ -30,10 +31,11 @@ from cloister.core.protocol.release import (
 )
 from cloister.core.protocol.statement import Statement
 from cloister.core.secret import Secret
+from cloister.core.verifier.result import CollateralMemory
 from cloister.enclave.attester import Attester
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.link import HostLink
-from cloister.errors import BindingRefused, LeaseExpired, Rollback, TransportError, UsageError
+from cloister.errors import BindingRefused, LeaseExpired, Rollback, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,7 @@ class Membership:
         self.keys: dict[int, LiveKey] = {}
         self.models: dict[str, LiveModel] = {}
         self.head: TreeHead | None = None
+        self._collateral: Final = CollateralMemory()
         self._key_service: Final = configuration.key_service
         self._configuration: Final = configuration
         self._link: Final = link
@@ -114,7 +117,11 @@ class Membership:
         asked = time.monotonic()  # the lease counts from before the question
         now = self._clock.now()
         verified = verify_document(  # step 2
-            await self._link.document(), policy=self._key_service, service=self.service, now=now
+            await self._link.document(),
+            policy=self._key_service,
+            service=self.service,
+            now=now,
+            seen=self._collateral,
         )
         document = verified.document
         challenge = await self._challenge(document)  # step 1
@@ -171,24 +178,8 @@ class Membership:
         )
 
     async def _ask(self, document: ServiceDocument, path: bytes, content: bytes) -> memoryview:
-        configuration, suite = select(document.keys)
-        exchange = encapsulation.begin(configuration, suite)
-        inner = bhttp.Request(
-            method=b"POST", path=path, fields=((b"content-type", b"application/cbor"),), content=content
-        )
-        answer = await self._link.exchange(exchange.seal(inner.to_bytes(pad=True)))
-        if answer.status != 200:
-            raise TransportError(
-                "the key service did not answer",
-                code="transport.status",
-                claim="outer status",
-                expected=200,
-                actual=answer.status,
-            )
-        response = bhttp.Response.from_bytes(exchange.open(answer.body))
-        if response.status != 200:
-            raise problem.from_bytes(memoryview(response.content))
-        return memoryview(response.content)
+        flow = ask_key_service(document, path, content)
+        return await drive_async(flow, self._link.send, asyncio.sleep)
 
     def _open(self, request: ReleaseRequest, kem: PrivateKey, answer: SealedRelease) -> Release:
         info = release_info(request, pool=self.pool_id, statements=answer.statements)

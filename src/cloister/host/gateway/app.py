@@ -22,7 +22,7 @@ from cloister.host.gateway.registry import Registry, Worker
 from cloister.host.problems import problem_response, status_of
 from cloister.host.store.app import blob_routes
 from cloister.host.store.blobs import BlobStore
-from cloister.net.front import Head
+from cloister.net.front import Head, Limits
 
 _MAX_ADMIN_BODY: Final = 4096  # bytes
 
@@ -35,7 +35,7 @@ def public_app(
     metrics: Metrics,
     blobs: BlobStore | None,
     clock: Callable[[], float],
-    max_body: int,
+    limits: Limits,
 ) -> Starlette:
     """What anyone may reach, besides the compact ``/ohttp`` itself."""
 
@@ -54,12 +54,26 @@ def public_app(
         text = metrics.render(each.worker.pool for each in registry.workers(clock()))
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
+    held = 0  # bytes of bodies that this app has in memory
+
     async def ohttp(request: Request) -> Response:
         # A connection stays here once it asked for another route: slower than the front, and the same.
-        body = await read_body(request, max_body)
-        fields = {name.lower(): value for name, value in request.headers.raw}
-        head = Head(method=b"POST", target=b"/ohttp", fields=fields, length=len(body))
-        answer = await forwarder.handle(head, memoryview(body))
+        nonlocal held
+        length = int(request.headers.get("content-length", "-1"))
+        if length < 0:
+            return problem_response(411, "http.411")
+        if length > limits.max_body:
+            return problem_response(413, "http.too-large")
+        if held + length > limits.max_buffered:
+            return problem_response(503, "gateway.busy", {"retry-after": "1"})
+        held += length
+        try:
+            body = await read_body(request, limits.max_body)
+            fields = {name.lower(): value for name, value in request.headers.raw}
+            head = Head(method=b"POST", target=b"/ohttp", fields=fields, length=length)
+            answer = await forwarder.handle(head, memoryview(body))
+        finally:
+            held -= length
         headers = {name.decode(): value.decode("latin-1") for name, value in answer.fields}
         headers["content-type"] = answer.content_type.decode("latin-1")
         return Response(bytes(answer.body), answer.status, headers=headers)

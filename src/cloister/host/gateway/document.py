@@ -16,6 +16,8 @@ from typing import Final
 from cloister.errors import CloisterError, Unavailable
 from cloister.host.gateway.forward import Forwarder
 from cloister.host.gateway.registry import KEY_SERVICE, Registry
+from cloister.host.problems import problem, status_of
+from cloister.net.messages import Answer
 
 TARGET: Final = b"/.well-known/cloister"
 _FRESH: Final = 0.1  # seconds
@@ -62,6 +64,14 @@ class DocumentCache:
         if self._last is None:
             raise Unavailable("no service document yet", code="gateway.no-document")
         return self._last
+
+    async def answer(self) -> Answer:
+        """The document for the enclaves' front, or a problem."""
+        try:
+            found = await self.get()
+        except CloisterError as error:
+            return problem(status_of(error), error.code, retry_after=1)
+        return Answer(body=found.body, content_type=found.content_type.encode())
 
     async def _fetch(self) -> Document:
         entry = self._registry.choose(KEY_SERVICE, self._clock())

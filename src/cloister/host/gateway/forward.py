@@ -11,18 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from cloister.core.protocol import outer
 from cloister.errors import CloisterError, FormatError, TransportError
 from cloister.host.gateway.metrics import Metrics
 from cloister.host.gateway.registry import Registry, Worker
 from cloister.host.problems import problem, status_of
 from cloister.net.front import Answer, Head, Limits, Tap
 from cloister.net.link import Peer, Upstream
-from cloister.net.messages import Fields
 
-OPERATOR: Final = b"cloister-operator"  # set here and nowhere else: what the public sends is not passed on
-POOL: Final = b"cloister-pool"
 REQUEST_TYPE: Final = b"message/ohttp-req"
-_HINTS: Final = (b"cloister-model", b"cloister-deadline")
 _PASSED_BACK: Final = frozenset({b"retry-after", b"cache-control"})
 _TARGET: Final = b"/ohttp"
 _STATUS: Final = {"transport.timeout": 504, "gateway.content-type": 415}
@@ -58,19 +55,18 @@ class Forwarder:
         self._tap = tap
         self._links: dict[Path, Upstream] = {}
 
-    async def handle(self, head: Head, body: memoryview) -> Answer:
-        """Answer one request of the public; every error becomes a problem."""
-        return await self._handle(head, body, ())
+    async def handle(self, head: Head, body: memoryview, *, sender: bytes = b"") -> Answer:
+        """Answer one request; every error becomes a problem.
 
-    async def handle_operator(self, head: Head, body: memoryview) -> Answer:
-        """Answer one request of the operator's own, marked as such; for the admin socket alone."""
-        return await self._handle(head, body, ((OPERATOR, b"1"),))
-
-    async def _handle(self, head: Head, body: memoryview, marks: Fields) -> Answer:
+        Args:
+            head: Its head.
+            body: Its body, passed on as it is.
+            sender: Whose socket it came through; empty for the public. What a peer says of that is dropped.
+        """
         start = time.monotonic()
         pool, outcome = "unknown", "ok"
         try:
-            name = head.fields.get(POOL, b"").decode("latin-1")
+            name = head.fields.get(outer.POOL, b"").decode("latin-1")
             if head.fields.get(b"content-type") != REQUEST_TYPE:
                 raise FormatError(
                     "not encapsulated", code="gateway.content-type", expected="message/ohttp-req"
@@ -79,7 +75,7 @@ class Forwarder:
                 raise FormatError("no pool is named", code="gateway.pool", claim="cloister-pool")
             if self._registry.knows(name):  # else the label of the metric would be the peer's to choose
                 pool = name
-            answer = await self._forward(name, head, body, marks)
+            answer = await self._forward(name, head, body, sender)
         except CloisterError as error:
             outcome = error.code
             status = _STATUS.get(error.code) or status_of(error)
@@ -111,10 +107,12 @@ class Forwarder:
             self._links[worker.socket] = found
         return found
 
-    async def _forward(self, pool: str, head: Head, body: memoryview, marks: Fields) -> Answer:
+    async def _forward(self, pool: str, head: Head, body: memoryview, sender: bytes) -> Answer:
         """Try workers until one has taken the request."""
-        fields = [(b"content-type", REQUEST_TYPE), (POOL, pool.encode()), *marks]
-        fields += [(name, head.fields[name]) for name in _HINTS if name in head.fields]
+        fields = [(b"content-type", REQUEST_TYPE), (outer.POOL, pool.encode())]
+        fields += [(name, head.fields[name]) for name in (outer.MODEL, outer.DEADLINE) if name in head.fields]
+        if sender:
+            fields.append((outer.SENDER, sender))
         tried: frozenset[str] = frozenset()
         while True:
             entry = self._registry.choose(pool, self._clock(), tried=tried)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from cloister.core.protocol import outer
 from cloister.errors import UsageError
 from cloister.host.asgi import protocols
 from cloister.host.gateway.app import admin_app, public_app
@@ -29,6 +31,7 @@ class Gateway:
         host: Address to listen on.
         port: TCP port; 0 picks one, and ``port`` says which once it is started.
         admin: Path of the operator's Unix socket; its directory is made with mode 0700.
+        enclaves: Path of the Unix socket through which launchers forward their enclaves' requests; likewise.
         blobs: Where owners upload sealed models; None leaves the routes out.
         capture: File to which every byte is appended that the gateway receives and sends; None: no capture.
         limits: What clients and workers may send.
@@ -42,6 +45,7 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 0,
         admin: Path,
+        enclaves: Path,
         blobs: BlobStore | None = None,
         capture: Path | None = None,
         limits: Limits | None = None,
@@ -53,6 +57,7 @@ class Gateway:
         self.registry = Registry(lifetime=lifetime)
         self.metrics = Metrics()
         self._admin = admin
+        self._enclaves = enclaves
         self._blobs = blobs
         self._capture = Capture(capture) if capture is not None else None
         self._limits = limits or Limits()
@@ -77,7 +82,8 @@ class Gateway:
     async def _start(self) -> None:
         if self._capture is not None:
             self._capture.open()
-        _private_directory(self._admin.parent)
+        for socket in (self._admin, self._enclaves):
+            _private_directory(socket.parent)
         forwarder = Forwarder(
             self.registry,
             self.metrics,
@@ -87,17 +93,23 @@ class Gateway:
             tap=self._capture,
         )
         self._forwarder = forwarder
+        documents = DocumentCache(self.registry, forwarder, clock=self._clock)
         admin = admin_app(registry=self.registry, clock=self._clock)
-        self._fronts.append(await serve(forwarder.handle_operator, unix=self._admin, other=protocols(admin)))
         public = public_app(
             registry=self.registry,
             forwarder=forwarder,
-            documents=DocumentCache(self.registry, forwarder, clock=self._clock),
+            documents=documents,
             metrics=self.metrics,
             blobs=self._blobs,
             clock=self._clock,
-            max_body=self._limits.max_body,
+            limits=self._limits,
         )
+        operator = partial(forwarder.handle, sender=outer.OPERATOR)
+        enclave = partial(forwarder.handle, sender=outer.ENCLAVE)
+        listening = self._fronts.append
+        listening(await serve(operator, unix=self._admin, other=protocols(admin)))
+        gets = {b"/.well-known/cloister": documents.answer}
+        listening(await serve(enclave, unix=self._enclaves, limits=self._limits, gets=gets))
         front = await serve(
             forwarder.handle,
             host=self.host,
@@ -106,7 +118,7 @@ class Gateway:
             other=protocols(public),
             tap=self._capture,
         )
-        self._fronts.append(front)
+        listening(front)
         self.port = front.port
         self._ticker = asyncio.create_task(self._tick(forwarder))
 

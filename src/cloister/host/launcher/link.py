@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from cloister.core.protocol import outer
 from cloister.errors import CloisterError, NotFound, TransportError, Unavailable, UsageError
 
 MAX_BODY: Final = (
@@ -25,7 +26,7 @@ OHTTP_REQUEST: Final = "message/ohttp-req"
 PROBLEM: Final = "application/problem+json"
 
 # What an enclave may say to the gateway about a request: its pool, and the hints of the protocol.
-FORWARDED_FIELDS: Final = ("cloister-pool", "cloister-model", "cloister-deadline")
+FORWARDED_FIELDS: Final = tuple(name.decode() for name in (outer.POOL, outer.MODEL, outer.DEADLINE))
 
 Reply = tuple[int, str, bytes]  # status, content type, body
 Forward = Callable[[Mapping[str, str], bytes], Awaitable[Reply]]

@@ -1,23 +1,22 @@
 """Carries sans-I/O conversations over HTTP: whatever a flow yields is sent, whatever comes back is handed in.
 
-The flows are `cloister.core`'s; this module sees methods, targets and opaque bodies. Over plain HTTP the
-encapsulated requests, large and many, take connections of `cloister.net`'s own; all else is httpx's.
+Over plain HTTP the encapsulated requests, large and many, take connections of our own; all else is httpx's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import httpx
 
+from cloister.core.protocol.flow import Flow, Outgoing, drive, drive_async
 from cloister.errors import TransportError, UsageError
 from cloister.net.link import Peer, Upstream
-from cloister.net.messages import Answer, Fields, Limits
-from cloister.net.wire import Wire
+from cloister.net.messages import Answer, Limits
+from cloister.party.wire import Wire
 
 T = TypeVar("T")
 
@@ -28,29 +27,6 @@ TIMEOUT: Final = httpx.Timeout(30.0, connect=5.0)
 PATIENCE: Final = 120.0  # seconds for the answer to an encapsulated request: a model may have to be loaded
 _OHTTP: Final = b"/ohttp"
 _LIMITS: Final = Limits(max_body=MAX_ANSWER)
-
-
-class Outgoing(Protocol):
-    """What a flow yields."""
-
-    @property
-    def method(self) -> bytes:
-        """HTTP method."""
-
-    @property
-    def target(self) -> bytes:
-        """Origin form."""
-
-    @property
-    def fields(self) -> Fields:
-        """Header fields."""
-
-    @property
-    def body(self) -> bytes | bytearray:
-        """The whole body."""
-
-
-Flow = Generator[Any, Any, T]
 
 
 class Carrier:
@@ -167,54 +143,6 @@ class AsyncCarrier:
         await self._http.aclose()
         if self._link is not None:
             await self._link.aclose()
-
-
-def drive(flow: Flow[T], send: Callable[[Any], Answer], sleep: Callable[[float], None]) -> T:
-    """Drive a flow with a blocking ``send``; where that raises TransportError, the flow decides."""
-    value, failure = None, None
-    try:
-        while True:
-            try:
-                outgoing = flow.throw(failure) if failure is not None else flow.send(value)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            value, failure = None, None
-            seconds = getattr(outgoing, "seconds", None)
-            if seconds is not None:
-                sleep(seconds)
-                continue
-            try:
-                value = send(outgoing)
-            except TransportError as error:
-                failure = error
-    finally:
-        flow.close()  # whatever interrupted it: what the flow holds is given back now
-
-
-async def drive_async(
-    flow: Flow[T], send: Callable[[Any], Awaitable[Answer]], sleep: Callable[[float], Awaitable[None]]
-) -> T:
-    """Drive a flow with an asynchronous ``send``."""
-    value, failure = None, None
-    try:
-        while True:
-            try:
-                outgoing = flow.throw(failure) if failure is not None else flow.send(value)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            value, failure = None, None
-            seconds = getattr(outgoing, "seconds", None)
-            if seconds is not None:
-                await sleep(seconds)
-                continue
-            try:
-                value = await send(outgoing)
-            except TransportError as error:
-                failure = error
-    finally:
-        flow.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister.errors import TransportError, UsageError
-from cloister.net.carry import MAX_ANSWER, AsyncCarrier, Carrier
 from cloister.net.front import serve
 from cloister.net.messages import Answer, Head, Limits
-from cloister.net.wire import Wire
+from cloister.party.carry import MAX_ANSWER, AsyncCarrier, Carrier
+from cloister.party.wire import Wire
 
 FIELDS = ((b"content-type", b"message/ohttp-req"),)
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: a/b\r\ncontent-length: 3\r\n\r\nabc"
@@ -234,7 +234,7 @@ def test_a_field_that_would_break_the_head_is_refused_before_anything_is_sent() 
 def test_any_bytes_give_an_answer_or_our_error(line: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        from cloister.net.wire import _Connection
+        from cloister.party.wire import _Connection
 
         theirs.sendall(line)
         theirs.shutdown(socket.SHUT_WR)

@@ -1,0 +1,63 @@
+"""Files of a relying party: whole or not at all, durable, and closed to others where they hold secrets."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import os
+from pathlib import Path
+
+from cloister.core.secret import Secret
+
+
+def create(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Write a file that isn't there yet.
+
+    Raises:
+        OSError: FileExistsError where it is there; whatever else the system says.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def replace(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Write a file so that a reader finds the old content or the new, also after a crash; raises OSError."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)  # a process of this number may have died here
+    create(fresh, content, mode=mode)
+    try:
+        fresh.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
+
+
+def create_secret(path: Path, label: str, secret: Secret) -> None:
+    """Keep a secret in a new file of one line: its label and base64; makes the folder; raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    create(path, f"{label} {base64.b64encode(secret.reveal()).decode()}\n".encode())
+
+
+def read_secret(path: Path, label: str, size: int) -> Secret | None:
+    """The secret of ``size`` bytes that `create_secret` kept under a label; None where the file is another.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    words = path.read_bytes()[:4096].split()
+    if len(words) != 2 or words[0] != label.encode():
+        return None
+    try:
+        raw = base64.b64decode(words[1], validate=True)
+    except binascii.Error:
+        return None
+    return Secret(raw) if len(raw) == size else None
