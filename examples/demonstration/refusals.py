@@ -99,7 +99,7 @@ def refuse_services(report: Report, stage: Stage, served: list[Served]) -> None:
         attestation = _attestation(stage)
         configuration = EnclaveConfiguration.from_bytes(attestation.configuration)
         policy = stage.production_policy().key_service
-        _verify_with(stage, attestation, replace(configuration, anchor_root=None), policy)
+        _verify_with(stage, attestation, replace(configuration, anchor_roots=None), policy)
 
     def evidence(task: Task) -> None:
         verify_evidence(_attestation(stage).evidence, anchors=TrustAnchors.vendor(), now=int(time.time()))

@@ -182,8 +182,8 @@ class Stage:
         """The user's policy with the same reference values, under the vendors' roots."""
         return replace(
             self.policy,
-            key_service=replace(self.policy.key_service, dangerous_simulated_root=None),
-            worker=replace(self.policy.worker, dangerous_simulated_root=None),
+            key_service=replace(self.policy.key_service, dangerous_simulated_roots=None),
+            worker=replace(self.policy.worker, dangerous_simulated_roots=None),
         )
 
     def publisher(self) -> Publisher:

@@ -485,10 +485,10 @@ def honest_configuration(
     site: Site, pool: Pool, settings: dict[str, int] | None = None
 ) -> EnclaveConfiguration:
     """The configuration that ``cloister worker`` would start a worker of this pool with."""
-    root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).root_der
+    root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).roots_der
     return EnclaveConfiguration(
         role="worker",
-        anchor_root=root,
+        anchor_roots=root,
         service=site.service(),
         pool=pool,
         key_service=reference_policy(measure("key-service"), root),

@@ -410,8 +410,8 @@ def test_an_altered_quote_is_refused(service: World) -> None:
 
 def test_a_configuration_that_names_another_trust_anchor_is_refused(service: World, tmp_path: Path) -> None:
     """A genuine worker that its host started with a root of the host's own."""
-    root = SimulatedAuthority.create(tmp_path, now=int(time.time())).root_der
-    configuration = replace(Impostor(service).configuration(), anchor_root=root)
+    root = SimulatedAuthority.create(tmp_path, now=int(time.time())).roots_der
+    configuration = replace(Impostor(service).configuration(), anchor_roots=root)
     error = refused(service, configuration=configuration)
     assert (type(error), error.code) == (AppraisalRefused, "appraisal.anchor")
 
@@ -504,10 +504,10 @@ def test_a_worker_whose_host_chose_its_configuration_never_joins(
     service: World, other: World, tmp_path: Path, host: MaliciousHost, part: str
 ) -> None:
     honest = Impostor(service).configuration()
-    root = SimulatedAuthority.create(tmp_path, now=int(time.time())).root_der
+    root = SimulatedAuthority.create(tmp_path, now=int(time.time())).roots_der
     chosen, code = {
         "anchor": (
-            replace(honest, anchor_root=root, key_service=reference_policy(measure("key-service"), root)),
+            replace(honest, anchor_roots=root, key_service=reference_policy(measure("key-service"), root)),
             "appraisal.anchor",
         ),
         "key service": (

@@ -354,8 +354,8 @@ def test_a_production_policy_refuses_a_simulated_service(service: World, url: st
     policy = service.user_policy
     production = replace(
         policy,
-        key_service=replace(policy.key_service, dangerous_simulated_root=None),
-        worker=replace(policy.worker, dangerous_simulated_root=None),
+        key_service=replace(policy.key_service, dangerous_simulated_roots=None),
+        worker=replace(policy.worker, dangerous_simulated_roots=None),
     )
     with service.client(url, policy=production) as client:
         error = refusal(client.verify)
@@ -365,7 +365,7 @@ def test_a_production_policy_refuses_a_simulated_service(service: World, url: st
 
 def test_a_policy_with_production_workers_alone_refuses_the_pool(service: World, url: str) -> None:
     policy = service.user_policy
-    mixed = replace(policy, worker=replace(policy.worker, dangerous_simulated_root=None))
+    mixed = replace(policy, worker=replace(policy.worker, dangerous_simulated_roots=None))
     with service.client(url, policy=mixed) as client:
         error = refusal(lambda: service.serves(client))
         assert (type(error), error.code, error.claim) == (

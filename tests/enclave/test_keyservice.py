@@ -245,9 +245,9 @@ async def test_a_service_whose_own_evidence_does_not_verify_does_not_come_up(mon
     from support import realm as support
 
     real = support.configuration
-    root = support.authority("host").root_der
+    root = support.authority("host").roots_der
     monkeypatch.setattr(
-        support, "configuration", lambda role="key-service", **more: real(role, anchor_root=root, **more)
+        support, "configuration", lambda role="key-service", **more: real(role, anchor_roots=root, **more)
     )
     with pytest.raises(EvidenceRefused):
         await Realm.start()

@@ -145,10 +145,10 @@ def test_configuration_of_another_role():
 
 def test_configuration_chosen_by_the_host_with_another_anchor():
     """Genuine measurement, genuine evidence; but its host had it trust the host's own root."""
-    other = authority("host").root_der
+    other = authority("host").roots_der
     config = EnclaveConfiguration(
         role="worker",
-        anchor_root=other,
+        anchor_roots=other,
         service=SERVICE,
         pool=Pool(name="pool", policy=policy(WORKER, root="host")),
         key_service=policy(KEY_SERVICE, root="host"),
@@ -171,7 +171,7 @@ def test_simulated_enclave_under_a_production_policy():
 def test_configuration_for_the_vendors_roots_under_a_simulated_policy():
     config = EnclaveConfiguration(
         role="worker",
-        anchor_root=None,
+        anchor_roots=None,
         service=SERVICE,
         pool=Pool(name="pool", policy=policy(WORKER, root=None)),
         key_service=policy(KEY_SERVICE, root=None),
@@ -183,7 +183,7 @@ def test_production_configuration_with_simulated_evidence():
     """The configuration may lie about what it trusts; the evidence still has the simulated root."""
     config = EnclaveConfiguration(
         role="worker",
-        anchor_root=None,
+        anchor_roots=None,
         service=SERVICE,
         pool=Pool(name="pool", policy=policy(WORKER, root=None)),
         key_service=policy(KEY_SERVICE, root=None),

@@ -202,7 +202,7 @@ def refused(message: Message, path: tuple[Any, ...], new: Any) -> CloisterError:
         ("key service configuration", ("service",), [b"s" * 32]),
         ("worker configuration", ("settings",), [{"queue": 0}, {"threads": 1 << 20}, {b"q": 1, "z": 2}]),
         ("worker configuration", ("settings", "lease_seconds"), [1, 3601, -5, None, "30"]),
-        ("worker configuration", ("anchor_root",), [b"", b"\x30\x00"]),
+        ("worker configuration", ("anchor_roots",), [b"", b"\x30\x00"]),
         ("attestation", ("keys",), [[["a"]], [["a", "b"]], [[b"a", b"b"]], [["a", b"b"]] * 9, [1]]),
         ("attestation", ("freshness",), [[], ["challenge"], ["challenge", "x"], [1, b"x"]]),
         ("publication", ("pool",), [b"", bytes(31)]),
@@ -214,7 +214,7 @@ def refused(message: Message, path: tuple[Any, ...], new: Any) -> CloisterError:
 )
 def test_values_out_of_bounds(messages, name, path, values):
     for value in values:
-        if name == "worker configuration" and path == ("anchor_root",):
+        if name == "worker configuration" and path == ("anchor_roots",):
             made = refused_late(messages[name], path, value)
             assert made.code == "anchors.simulated-root"
         else:

@@ -78,7 +78,7 @@ def test_a_policy_holds_whole_numbers(which, field, wrong):
         {"tee": "none"},
         {"any_platform": False},
         {"attributes_mask": bytes(16)},
-        {"dangerous_simulated_root": b"root"},
+        {"dangerous_simulated_roots": b"root"},
         {"kind": "cloister/v2/appraisal-policy"},
     ],
     ids=lambda change: next(iter(change)),

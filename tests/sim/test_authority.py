@@ -29,7 +29,7 @@ VALUES = {
 
 def check(authority: SimulatedAuthority, by: SimulatedAuthority, now: int = NOW) -> None:
     evidence = Evidence(tee="sgx", quote=by.quote(**VALUES, now=now), collateral=by.collateral(now))
-    verify(evidence, anchors=TrustAnchors.simulated(authority.root_der), now=now)
+    verify(evidence, anchors=TrustAnchors.simulated(authority.roots_der), now=now)
 
 
 def test_open_without_create(tmp_path):
@@ -43,7 +43,7 @@ def test_create_twice(tmp_path):
     with pytest.raises(UsageError) as caught:
         SimulatedAuthority.create(tmp_path, now=NOW)
     assert caught.value.code == "sim.authority"
-    assert SimulatedAuthority.open(tmp_path).root_der == first.root_der
+    assert SimulatedAuthority.open(tmp_path).roots_der == first.root_der
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER]  # no draft is left
 
 
@@ -100,7 +100,7 @@ def test_nothing_private_is_printed(tmp_path):
 def test_reopened_authority_is_the_same(tmp_path):
     created = SimulatedAuthority.create(tmp_path, now=NOW)
     opened = SimulatedAuthority.open(tmp_path)
-    assert opened.root_der == created.root_der
+    assert opened.roots_der == created.root_der
     assert opened.sealing_key(b"e" * 32) == created.sealing_key(b"e" * 32)
     check(created, by=opened)
 
@@ -108,7 +108,7 @@ def test_reopened_authority_is_the_same(tmp_path):
 def test_two_directories_have_two_roots(tmp_path):
     first = SimulatedAuthority.create(tmp_path / "1", now=NOW)
     second = SimulatedAuthority.create(tmp_path / "2", now=NOW)
-    assert first.root_der != second.root_der
+    assert first.roots_der != second.root_der
     assert first.sealing_key(b"e" * 32) != second.sealing_key(b"e" * 32)
 
 
@@ -122,7 +122,7 @@ def test_many_makers_agree(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({authority.root_der for authority in made}) == 1
+    assert len({authority.roots_der for authority in made}) == 1
     assert len(made) == 6
 
 

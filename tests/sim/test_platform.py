@@ -426,7 +426,7 @@ from cloister.enclave.attester import open_attester
     enclave = await launch(platform, run_dir, program)
     assert await enclave.wait() == 0, enclave.log.read_text()
     evidence = Evidence.from_data(decode((run_dir / "result").read_bytes(), what="evidence"))
-    verified = verify(evidence, anchors=TrustAnchors.simulated(authority.root_der), now=NOW)
+    verified = verify(evidence, anchors=TrustAnchors.simulated(authority.roots_der), now=NOW)
     assert verified.simulated
     assert verified.measurements["mr_enclave"] == platform.measure("worker").mr_enclave
     assert verified.measurements["mr_signer"] == SIMULATED_SIGNER

@@ -82,7 +82,7 @@ def policy(*measurements: bytes, root: str | None = "main", **changes: Any) -> A
         "attributes_mask": SGX_ATTRIBUTES_MASK,
         "allowed_tcb": frozenset({"UpToDate"}),
         "any_platform": True,
-        "dangerous_simulated_root": None if root is None else authority(root).root_der,
+        "dangerous_simulated_roots": None if root is None else authority(root).roots_der,
     }
     return AppraisalPolicy(**{**values, **changes})
 
@@ -192,7 +192,7 @@ class MemoryHost:
 
 def configuration(role: str = "key-service", **fields: Any) -> EnclaveConfiguration:
     """A simulated enclave's configuration."""
-    return EnclaveConfiguration(**{"role": role, "anchor_root": authority().root_der, **fields})
+    return EnclaveConfiguration(**{"role": role, "anchor_roots": authority().roots_der, **fields})
 
 
 def owner_key(name: str = "owner") -> SigningKey:

@@ -45,7 +45,7 @@ def other_authority(tmp_path_factory: pytest.TempPathFactory) -> SimulatedAuthor
 
 @pytest.fixture(scope="session")
 def anchors(authority: SimulatedAuthority) -> TrustAnchors:
-    return TrustAnchors.simulated(authority.root_der)
+    return TrustAnchors.simulated(authority.roots_der)
 
 
 @pytest.fixture(scope="session")
@@ -93,5 +93,5 @@ def policy(authority: SimulatedAuthority) -> AppraisalPolicy:
         min_isv_svn=3,
         allowed_tcb=frozenset({"UpToDate"}),
         platforms=frozenset({FMSPC}),
-        dangerous_simulated_root=authority.root_der,
+        dangerous_simulated_roots=authority.roots_der,
     )

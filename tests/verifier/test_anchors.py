@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister.core import encoding
 from cloister.core.verifier import TrustAnchors
-from cloister.core.verifier.roots import intel
+from cloister.core.verifier.roots import amd, aws, intel
 from cloister.errors import UsageError
 from cloister.sim import pki
 
@@ -31,9 +31,17 @@ def self_signed(name: str, path_length: int | None, signing_key=None) -> bytes:
     return certificate.public_bytes(Encoding.DER)
 
 
-def test_embedded_root_is_intels():
+def test_embedded_roots_are_the_vendors():
     assert hashlib.sha256(intel.INTEL_SGX_ROOT).digest() == intel.FINGERPRINT
-    assert TrustAnchors.vendor().dcap_root == intel.INTEL_SGX_ROOT
+    assert hashlib.sha256(aws.AWS_NITRO_ROOT).digest() == aws.FINGERPRINT
+    arks = {"Milan": amd.MILAN_ARK, "Genoa": amd.GENOA_ARK, "Turin": amd.TURIN_ARK}
+    assert {name: hashlib.sha256(ark).digest() for name, ark in arks.items()} == amd.FINGERPRINTS
+    roots = TrustAnchors.vendor().roots
+    assert {kind: tuple(root.der for root in each) for kind, each in roots.items()} == {
+        "dcap": (intel.INTEL_SGX_ROOT,),
+        "snp": tuple(arks.values()),
+        "nitro": (aws.AWS_NITRO_ROOT,),
+    }
 
 
 def test_embedded_root_equals_the_published_one(vectors):
@@ -49,9 +57,11 @@ def test_anchors_do_not_change(anchors):
     with pytest.raises(AttributeError):
         anchors.is_simulated = False
     with pytest.raises(AttributeError):
-        anchors.dcap_root = intel.INTEL_SGX_ROOT
+        anchors.roots = {}
     with pytest.raises(AttributeError):
-        del anchors.dcap_root
+        del anchors.roots
+    with pytest.raises(TypeError):
+        anchors.roots["dcap"] = ()
 
 
 @pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
@@ -65,8 +75,8 @@ def test_digest_names_kind_and_root(anchors, authority):
     assert anchors.digest == encoding.digest(["cloister/v1/trust-anchors", "simulated", [fingerprint]])
     assert len(TrustAnchors.vendor().digest) == 32
     assert anchors != TrustAnchors.vendor()
-    assert anchors == TrustAnchors.simulated(authority.root_der)
-    assert hash(anchors) == hash(TrustAnchors.simulated(authority.root_der))
+    assert anchors == TrustAnchors.simulated(authority.roots_der)
+    assert hash(anchors) == hash(TrustAnchors.simulated(authority.roots_der))
     assert (anchors.is_simulated, TrustAnchors.vendor().is_simulated) == (True, False)
 
 

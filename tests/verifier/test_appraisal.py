@@ -49,7 +49,7 @@ def test_empty_policy_refuses_everything(verified, now):
 )
 def test_production_policy_refuses_every_simulated_quote_first(changes, verified, make_evidence, policy, now):
     """Whatever else is wrong with it, and also if someone verified it under the simulated root before."""
-    production = replace(policy, dangerous_simulated_root=None)
+    production = replace(policy, dangerous_simulated_roots=None)
     assert production.anchors == TrustAnchors.vendor()
     error = refused(verified(**changes), production, now)
     assert (error.code, error.claim) == ("appraisal.simulated", "simulated")
@@ -65,7 +65,7 @@ def test_simulation_policy_refuses_genuine_evidence(verified, policy, now):
 
 
 def test_evidence_verified_under_another_root(verified, policy, other_authority, now):
-    other = replace(policy, dangerous_simulated_root=other_authority.root_der)
+    other = replace(policy, dangerous_simulated_roots=other_authority.roots_der)
     assert refused(verified(), other, now).code == "appraisal.trust-anchors"
 
 

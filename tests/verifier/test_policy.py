@@ -117,9 +117,9 @@ def test_complete_reference_values_are_demanded(name):
         'mr_signer = ["00"]',
         "any_platform = 1",
         'any_platform = "true"',
-        "dangerous_simulated_root = true",
-        'dangerous_simulated_root = ""',
-        'dangerous_simulated_root = "-----BEGIN CERTIFICATE-----"',
+        "dangerous_simulated_roots = true",
+        'dangerous_simulated_roots = ""',
+        'dangerous_simulated_roots = "-----BEGIN CERTIFICATE-----"',
     ],
 )
 def test_value_that_is_wrong(line):
@@ -132,7 +132,7 @@ def test_platforms_and_any_platform_contradict():
 
 def test_vendor_root_is_no_simulated_root(policy):
     with pytest.raises(UsageError) as caught:
-        replace(policy, dangerous_simulated_root=intel.INTEL_SGX_ROOT)
+        replace(policy, dangerous_simulated_roots=intel.INTEL_SGX_ROOT)
     assert caught.value.code == "anchors.simulated-root"
 
 
@@ -143,7 +143,7 @@ def test_vendor_root_is_no_simulated_root(policy):
         {"mr_enclave": {b"e" * 32}},
         {"mr_enclave": frozenset({"e" * 32})},
         {"attributes": "05" * 16},
-        {"dangerous_simulated_root": "PEM"},
+        {"dangerous_simulated_roots": "PEM"},
         {"denied_advisories": frozenset({b"x"})},
         {"max_age": True},
     ],
@@ -154,7 +154,7 @@ def test_constructor_checks_types(change, policy):
 
 
 def test_toml_round_trip(policy):
-    for each in (policy, AppraisalPolicy.from_toml(VALID), replace(policy, dangerous_simulated_root=None)):
+    for each in (policy, AppraisalPolicy.from_toml(VALID), replace(policy, dangerous_simulated_roots=None)):
         assert AppraisalPolicy.from_toml(each.to_toml()) == each
 
 
@@ -179,7 +179,7 @@ def test_digest_names_every_field(policy):
         {"platforms": frozenset({b"OTHER!"})},
         {"platforms": frozenset(), "any_platform": True},
         {"max_age": 1},
-        {"dangerous_simulated_root": None},
+        {"dangerous_simulated_roots": None},
     ]
     digests = {replace(policy, **change).digest for change in changes} | {policy.digest}
     assert len(digests) == len(changes) + 1
@@ -272,8 +272,8 @@ def test_policy_admits_a_narrower_one(change, policy):
         ("max_age", {"max_age": 60}, {}),
         ("attributes", {}, {"attributes": bytes([4]) + bytes(15)}),
         ("attributes", {}, {"attributes_mask": b"\xff" * 7 + bytes(9)}),
-        ("simulated", {"dangerous_simulated_root": None}, {}),
-        ("simulated", {}, {"dangerous_simulated_root": None}),
+        ("simulated", {"dangerous_simulated_roots": None}, {}),
+        ("simulated", {}, {"dangerous_simulated_roots": None}),
     ],
 )
 def test_policy_does_not_admit_a_broader_one(claim, broader, narrower, policy):
@@ -284,7 +284,7 @@ def test_policy_does_not_admit_a_broader_one(claim, broader, narrower, policy):
 
 def test_policies_with_different_simulated_roots(policy, other_authority):
     with pytest.raises(AppraisalRefused) as caught:
-        policy.admits(replace(policy, dangerous_simulated_root=other_authority.root_der))
+        policy.admits(replace(policy, dangerous_simulated_roots=other_authority.roots_der))
     assert caught.value.claim == "trust anchors"
 
 

@@ -87,7 +87,7 @@ def test_simulated_evidence(make_evidence, anchors, now):
 
 def test_simulated_evidence_gets_the_same_second_opinion(make_evidence, authority, now):
     evidence = make_evidence(flaws=Flaws(tcb_status="ConfigurationNeeded", advisories=("INTEL-SA-00001",)))
-    result = verify(evidence, anchors=TrustAnchors.simulated(authority.root_der), now=now)
+    result = verify(evidence, anchors=TrustAnchors.simulated(authority.roots_der), now=now)
     opinion = second_opinion(evidence, now, authority.root_der)
     assert (opinion.status, tuple(opinion.advisory_ids)) == (result.tcb_status, result.advisories)
     with pytest.raises(ValueError):

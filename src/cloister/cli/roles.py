@@ -76,7 +76,7 @@ def keyservice(
     """Run a key service enclave on this host (simulated TEE)."""
     site = _prepare(data, follow=follow)
     configuration = EnclaveConfiguration(
-        role="key-service", anchor_root=_root(site), settings=_settings(settings)
+        role="key-service", anchor_roots=_root(site), settings=_settings(settings)
     )
     _run_enclave(site, "key-service", "key-service", "key-service", configuration, source)
 
@@ -97,7 +97,7 @@ def worker(
     root, definition = _root(site), site.read_pool(pool)
     configuration = EnclaveConfiguration(
         role="worker",
-        anchor_root=root,
+        anchor_roots=root,
         service=site.service(),
         pool=definition,
         key_service=reference_policy(measure("key-service"), root),
@@ -191,7 +191,7 @@ def _fetch(gateway: Upstream) -> Callable[[], Awaitable[tuple[int, str, bytes]]]
 def _root(site: Site) -> bytes:
     from cloister.sim.authority import SimulatedAuthority
 
-    return SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).root_der
+    return SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).roots_der
 
 
 def _settings(text: str) -> dict[str, int]:

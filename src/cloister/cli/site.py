@@ -148,5 +148,5 @@ def reference_policy(measurement: Measurement, root: bytes | None) -> AppraisalP
         min_isv_svn=measurement.isv_svn,
         allowed_tcb=ALLOWED_TCB,
         any_platform=True,
-        dangerous_simulated_root=root,
+        dangerous_simulated_roots=root,
     )

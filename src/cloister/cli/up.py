@@ -215,7 +215,7 @@ def bring_up(
     site = service.site
     site.make()
     say("measuring the enclaves")
-    root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).root_der
+    root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).roots_der
     key_service = reference_policy(measure("key-service"), root)
     definition = Pool(name=pool, policy=reference_policy(measure("worker"), root))
     say("starting the gateway")

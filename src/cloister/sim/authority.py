@@ -172,13 +172,18 @@ class SimulatedAuthority:
         return cls.open(directory)
 
     @property
+    def roots_der(self) -> bytes:
+        """Every root, one after the other: what a policy names as ``dangerous_simulated_roots``."""
+        return self.root_der
+
+    @property
     def root_der(self) -> bytes:
-        """The root certificate: what a policy names as ``dangerous_simulated_root``."""
+        """The root of its SGX and TDX quotes."""
         return self._root.certificate.public_bytes(Encoding.DER)
 
     @property
     def root_pem(self) -> str:
-        """The same in PEM, for a policy file."""
+        """The same in PEM."""
         return self._root.certificate.public_bytes(Encoding.PEM).decode()
 
     def collateral(self, now: int, *, flaws: Flaws = FLAWLESS) -> Collateral:

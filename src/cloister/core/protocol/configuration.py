@@ -39,7 +39,7 @@ class EnclaveConfiguration:
 
     Attributes:
         role: What the enclave is.
-        anchor_root: DER of the simulated root, or None for the vendors' roots.
+        anchor_roots: DER of the simulated root, or None for the vendors' roots.
         service: The service id a worker belongs to; None for a key service, which makes or restores its own.
         pool: The pool a worker joins; None for a key service.
         key_service: The policy under which a worker appraises its key service; None for a key service.
@@ -47,7 +47,7 @@ class EnclaveConfiguration:
     """
 
     role: Role
-    anchor_root: bytes | None
+    anchor_roots: bytes | None
     service: bytes | None = None
     pool: Pool | None = None
     key_service: AppraisalPolicy | None = None
@@ -66,18 +66,20 @@ class EnclaveConfiguration:
     @property
     def simulated(self) -> bool:
         """Whether it trusts a simulated root."""
-        return self.anchor_root is not None
+        return self.anchor_roots is not None
 
     @property
     def anchors(self) -> TrustAnchors:
         """The trust anchors for the evidence of peers."""
-        return TrustAnchors.vendor() if self.anchor_root is None else TrustAnchors.simulated(self.anchor_root)
+        return (
+            TrustAnchors.vendor() if self.anchor_roots is None else TrustAnchors.simulated(self.anchor_roots)
+        )
 
     def to_bytes(self) -> bytes:
         """The text that travels with the evidence."""
         return encode(
             {
-                "anchor_root": self.anchor_root,
+                "anchor_roots": self.anchor_roots,
                 "key_service": self.key_service.to_data() if self.key_service else None,
                 "pool": self.pool.to_data() if self.pool else None,
                 "role": self.role,
@@ -102,7 +104,7 @@ class EnclaveConfiguration:
         data = unpack(
             decode(raw, what="enclave configuration", limit=MAX_CONFIGURATION),
             "configuration",
-            anchor_root=(bytes, type(None)),
+            anchor_roots=(bytes, type(None)),
             key_service=(dict, type(None)),
             pool=(dict, type(None)),
             role=str,
@@ -111,7 +113,7 @@ class EnclaveConfiguration:
         )
         return cls(
             role=cast(Role, data["role"]),
-            anchor_root=data["anchor_root"],
+            anchor_roots=data["anchor_roots"],
             service=data["service"],
             pool=None if data["pool"] is None else Pool.from_data(data["pool"]),
             key_service=None

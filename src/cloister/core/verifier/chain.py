@@ -1,4 +1,4 @@
-"""X.509 certificates, short chains and revocation lists, as DCAP uses them: P-256 with SHA-256 throughout.
+"""X.509 certificates, short chains and revocation lists, as the TEE vendors use them.
 
 Generic path validation rejects the vendors' chains, so each rule is written out here. Parsing is cached by
 content, in small bounded caches: every quote brings the same few certificates. No trust decision is cached.
@@ -9,29 +9,70 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 from cryptography.x509.oid import ExtensionOID, NameOID, SignatureAlgorithmOID
 
 from cloister.errors import EvidenceError, EvidenceRefused
 
 MAX_CERTIFICATE: Final = 4096  # bytes, DER
-MAX_CHAIN: Final = 3  # certificates: leaf, CA, root
 MAX_PEM: Final = 16 << 10  # bytes of a chain
+
+PublicKey: TypeAlias = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 _PEM: Final = re.compile(
     rb"[\r\n]*-----BEGIN CERTIFICATE-----\r?\n([A-Za-z0-9+/=\r\n]{1,6000})-----END CERTIFICATE-----[\r\n]*"
 )
 _KNOWN_CRITICAL: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE})
+_MIN_RSA: Final = 2048  # bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What the certificates of one vendor look like; others don't parse.
+
+    Attributes:
+        name: For errors.
+        keys: Kinds of public keys: ``"P-256"``, ``"P-384"``, ``"RSA"``.
+        signatures: How certificates and revocation lists are signed.
+        max_chain: Most certificates from leaf to root.
+    """
+
+    name: str
+    keys: frozenset[str]
+    signatures: frozenset[x509.ObjectIdentifier]
+    max_chain: int
+
+
+DCAP: Final = Profile(
+    name="Intel",
+    keys=frozenset({"P-256"}),
+    signatures=frozenset({SignatureAlgorithmOID.ECDSA_WITH_SHA256}),
+    max_chain=3,
+)
+AMD: Final = Profile(
+    name="AMD",
+    keys=frozenset({"RSA", "P-384"}),
+    signatures=frozenset({SignatureAlgorithmOID.RSASSA_PSS}),
+    max_chain=3,
+)
+NITRO: Final = Profile(
+    name="AWS",
+    keys=frozenset({"P-384"}),
+    signatures=frozenset({SignatureAlgorithmOID.ECDSA_WITH_SHA384}),
+    max_chain=8,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +82,7 @@ class Certificate:
     Attributes:
         der: The certificate itself.
         parsed: The same, as ``cryptography`` parsed it.
-        key: Its public key, on P-256.
+        key: Its public key, of a kind that its profile allows.
         common_name: The subject's, or empty.
         not_before: First second of validity.
         not_after: Last second of validity.
@@ -50,7 +91,7 @@ class Certificate:
 
     der: bytes
     parsed: x509.Certificate = field(compare=False, repr=False)
-    key: ec.EllipticCurvePublicKey = field(compare=False, repr=False)
+    key: PublicKey = field(compare=False, repr=False)
     common_name: str
     not_before: int
     not_after: int
@@ -66,36 +107,39 @@ class Certificate:
 class RevocationList:
     """A parsed CRL; times are unix seconds."""
 
-    parsed: x509.CertificateRevocationList
+    parsed: x509.CertificateRevocationList = field(compare=False, repr=False)
     issued: int
     next_update: int
     number: int
 
 
 @lru_cache(maxsize=64)
-def load_certificate(der: bytes) -> Certificate:
+def load_certificate(der: bytes, profile: Profile = DCAP) -> Certificate:
     """Parse one DER certificate.
 
     Raises:
-        EvidenceError: no certificate, too long, not P-256 with SHA-256, or an unknown critical extension.
+        EvidenceError: no certificate, too long, another kind of key or signature than the profile's, or an
+            unknown critical extension.
     """
     if len(der) > MAX_CERTIFICATE:
         raise _unreadable("certificate", f"longer than {MAX_CERTIFICATE} B")
     try:
-        parsed = x509.load_der_x509_certificate(der)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # AMD's serial numbers are 0, which the parser remarks upon
+            parsed = x509.load_der_x509_certificate(der)
         key = parsed.public_key()
         extensions = list(parsed.extensions)
         names = parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         common_name = str(names[0].value) if names else ""
         parsed.issuer.public_bytes()
-        algorithm = parsed.signature_algorithm_oid
+        algorithm = _algorithm(parsed)
         not_before, not_after = parsed.not_valid_before_utc, parsed.not_valid_after_utc
     except Exception as error:  # the parser has many kinds of failure; each means that these bytes are no use
         raise _unreadable("certificate", "malformed") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise _unreadable("certificate", "its key is not on P-256")
-    if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
-        raise _unreadable("certificate", "not signed with ECDSA and SHA-256")
+    if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey) or _kind(key) not in profile.keys:
+        raise _unreadable("certificate", f"its key is not of a kind that {profile.name} uses")
+    if algorithm not in profile.signatures:
+        raise _unreadable("certificate", f"not signed in the way that {profile.name} signs")
     _require_known(extensions, "certificate")
     return Certificate(
         der=der,
@@ -109,20 +153,25 @@ def load_certificate(der: bytes) -> Certificate:
 
 
 @lru_cache(maxsize=64)
-def load_chain(pem: bytes) -> tuple[Certificate, ...]:
+def load_chain(pem: bytes, profile: Profile = DCAP) -> tuple[Certificate, ...]:
     """Parse a PEM chain, leaf first; NUL bytes may end it.
 
     Raises:
-        EvidenceError: anything but 1 to 3 certificates.
+        EvidenceError: anything but 1 to ``profile.max_chain`` certificates.
     """
+    return tuple(load_certificate(der, profile) for der in read_pem(pem, most=profile.max_chain))
+
+
+def read_pem(pem: bytes, *, most: int) -> list[bytes]:
+    """The DER forms of 1 to ``most`` certificates in PEM; NUL bytes may end them; raises EvidenceError."""
     if len(pem) > MAX_PEM:
         raise _unreadable("certificate chain", f"longer than {MAX_PEM} B")
     rest = pem.rstrip(b"\0")
-    chain: list[Certificate] = []
+    found: list[bytes] = []
     while rest:
         match = _PEM.match(rest)
-        if match is None or len(chain) == MAX_CHAIN:
-            raise _unreadable("certificate chain", f"not 1 to {MAX_CHAIN} certificates in PEM")
+        if match is None or len(found) == most:
+            raise _unreadable("certificate chain", f"not 1 to {most} certificates in PEM")
         text = b"".join(match[1].split())
         try:
             der = base64.b64decode(text, validate=True)
@@ -130,33 +179,39 @@ def load_chain(pem: bytes) -> tuple[Certificate, ...]:
             raise _unreadable("certificate chain", "not base64") from error
         if base64.b64encode(der) != text:
             raise _unreadable("certificate chain", "not canonical base64")
-        chain.append(load_certificate(der))
+        found.append(der)
         rest = rest[match.end() :]
-    if not chain:
+    if not found:
         raise _unreadable("certificate chain", "empty")
-    return tuple(chain)
+    return found
+
+
+def to_pem(der: bytes) -> str:
+    """A certificate in PEM."""
+    lines = textwrap.wrap(base64.b64encode(der).decode(), 64)
+    return "\n".join(("-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""))
 
 
 @lru_cache(maxsize=16)
-def load_crl(der: bytes) -> RevocationList:
+def load_crl(der: bytes, profile: Profile = DCAP) -> RevocationList:
     """Parse one DER revocation list.
 
     Raises:
-        EvidenceError: no list, without number or next update, partial, or not ECDSA with SHA-256.
+        EvidenceError: no list, without number or next update, partial, or not signed in the profile's way.
     """
     try:
         parsed = x509.load_der_x509_crl(der)
         extensions = list(parsed.extensions)
         number = parsed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
         parsed.issuer.public_bytes()
-        algorithm = parsed.signature_algorithm_oid
+        algorithm = _algorithm(parsed)
         issued, next_update = parsed.last_update_utc, parsed.next_update_utc
     except Exception as error:  # as in load_certificate
         raise _unreadable("revocation list", "malformed") from error
     if next_update is None:
         raise _unreadable("revocation list", "without a next update")
-    if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
-        raise _unreadable("revocation list", "not signed with ECDSA and SHA-256")
+    if algorithm not in profile.signatures:
+        raise _unreadable("revocation list", f"not signed in the way that {profile.name} signs")
     _require_known(extensions, "revocation list")  # a delta or partial list says so in a critical extension
     return RevocationList(
         parsed=parsed, issued=int(issued.timestamp()), next_update=int(next_update.timestamp()), number=number
@@ -242,18 +297,20 @@ def require_not_revoked(certificate: Certificate, crl: RevocationList) -> None:
 
 
 def require_signature(
-    key: ec.EllipticCurvePublicKey, signature: bytes, data: bytes, *, code: str, what: str, by: str
+    key: PublicKey, signature: bytes, data: bytes, *, code: str, what: str, by: str
 ) -> None:
-    """Check a raw r || s signature (64 B) on P-256 with SHA-256 over ``data``.
+    """Check a raw r || s signature over ``data``: 64 B on P-256 with SHA-256, 96 B on P-384 with SHA-384.
 
     Raises:
         EvidenceRefused: with ``code``.
     """
-    encoded = utils.encode_dss_signature(
-        int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
-    )
+    half = len(signature) // 2
+    r, s = int.from_bytes(signature[:half], "big"), int.from_bytes(signature[half:], "big")
+    algorithm = _SIGNED_WITH.get((_kind(key), len(signature)))
     try:
-        key.verify(encoded, data, ec.ECDSA(hashes.SHA256()))
+        if algorithm is None or not isinstance(key, ec.EllipticCurvePublicKey):
+            raise InvalidSignature
+        key.verify(utils.encode_dss_signature(r, s), data, ec.ECDSA(algorithm))
     except InvalidSignature as error:
         raise EvidenceRefused(
             code=code, claim=f"signature of {what}", expected=f"by {by}", actual="another"
@@ -290,6 +347,29 @@ def time_text(seconds: int) -> str:
         return str(seconds)
 
 
+def _kind(key: PublicKey) -> str:
+    """What `Profile.keys` calls a key; empty for a key that no vendor uses."""
+    if isinstance(key, rsa.RSAPublicKey):
+        return "RSA" if key.key_size >= _MIN_RSA else ""
+    return _CURVES.get(key.curve.name, "")
+
+
+def _algorithm(signed: x509.Certificate | x509.CertificateRevocationList) -> x509.ObjectIdentifier | None:
+    """How something is signed; None for PSS with other parameters than SHA-384 throughout, salt of 48 B."""
+    oid = signed.signature_algorithm_oid
+    if oid != SignatureAlgorithmOID.RSASSA_PSS:
+        return oid
+    parameters = signed.signature_algorithm_parameters  # the parser takes MGF1 with the same hash only
+    salt = parameters._salt_length if isinstance(parameters, padding.PSS) else None
+    return oid if isinstance(signed.signature_hash_algorithm, hashes.SHA384) and salt == _PSS_SALT else None
+
+
+_CURVES: Final = {"secp256r1": "P-256", "secp384r1": "P-384"}
+_SIGNED_WITH: Final = {("P-256", 64): hashes.SHA256(), ("P-384", 96): hashes.SHA384()}
+_PSS_SALT: Final = 48  # bytes
+_UNBOUNDED: Final = 255  # stands for a CA without a path length
+
+
 def _key_usage(certificate: Certificate) -> x509.KeyUsage:
     try:
         return certificate.parsed.extensions.get_extension_for_class(x509.KeyUsage).value
@@ -306,7 +386,7 @@ def _path_length(extensions: Sequence[x509.Extension[x509.ExtensionType]]) -> in
     for extension in extensions:
         if isinstance(extension.value, x509.BasicConstraints) and extension.value.ca:
             length = extension.value.path_length
-            return MAX_CHAIN if length is None else length
+            return _UNBOUNDED if length is None else length
     return -1
 
 

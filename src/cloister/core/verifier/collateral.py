@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from cloister.core.evidence.bundle import Collateral
 from cloister.core.evidence.dcap import QuoteSignature
 from cloister.core.evidence.pck import EXTENSION_OID, PckExtension
-from cloister.core.verifier.anchors import TrustAnchors, announces_simulation
+from cloister.core.verifier.anchors import TrustAnchors, described
 from cloister.core.verifier.chain import (
     Certificate,
     RevocationList,
-    load_certificate,
     load_chain,
     load_crl,
     require_dates,
@@ -77,26 +76,9 @@ def load_chains(signature: QuoteSignature, collateral: Collateral) -> Chains:
 
 def require_roots(chains: Chains, anchors: TrustAnchors, steps: list[Step]) -> None:
     """Step 2: each root is byte-equal to the pinned one; a simulated one is named as such."""
-    pinned = load_certificate(anchors.dcap_root)
     for chain in (chains.pck, chains.crl, chains.tcb, chains.qe):
-        root = chain[-1]
-        if root.der == pinned.der:
-            continue
-        if announces_simulation(root) and not anchors.is_simulated:
-            raise EvidenceRefused(
-                "the evidence comes from a simulated platform",
-                code="evidence.simulated",
-                claim="simulated",
-                expected=False,
-                actual=True,
-            )
-        raise EvidenceRefused(
-            code="evidence.root",
-            claim="root certificate",
-            expected=f"{pinned.common_name} sha256:{pinned.fingerprint.hex()}",
-            actual=f"{root.common_name} sha256:{root.fingerprint.hex()}",
-        )
-    steps.append(passed("2 root certificate", f"{pinned.common_name} sha256:{pinned.fingerprint.hex()}"))
+        anchors.require_root("dcap", chain[-1])
+    steps.append(passed("2 root certificate", described(chains.root)))
 
 
 def verify_pck(chains: Chains, now: int, steps: list[Step]) -> PckExtension:

@@ -12,11 +12,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.serialization import Encoding
-
 from cloister.core import encoding
-from cloister.core.verifier.anchors import TrustAnchors
-from cloister.core.verifier.chain import load_certificate, load_chain
+from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS, TrustAnchors, split_certificates
+from cloister.core.verifier.chain import read_pem, to_pem
 from cloister.core.verifier.documents import STATUSES
 from cloister.core.verifier.subset import require_subset
 from cloister.errors import EvidenceError, UsageError
@@ -53,7 +51,8 @@ class AppraisalPolicy:
         platforms: Accepted platform families (FMSPC, 6 B each); none where ``any_platform`` is set.
         any_platform: Accept every platform family.
         max_age: Oldest accepted TCB info, QE identity or PCK CRL, in seconds.
-        dangerous_simulated_root: DER form of a simulated platform's root, then the only one accepted.
+        dangerous_simulated_roots: A simulated platform's roots (see `TrustAnchors.simulated`), then the only
+            ones accepted.
             ``None``, the strict value, accepts the vendors' roots only.
 
     Raises:
@@ -73,7 +72,7 @@ class AppraisalPolicy:
     platforms: frozenset[bytes] = frozenset()
     any_platform: bool = False
     max_age: int = DEFAULT_MAX_AGE
-    dangerous_simulated_root: bytes | None = None
+    dangerous_simulated_roots: bytes | None = None
 
     def __post_init__(self) -> None:
         if not self.is_empty:
@@ -87,9 +86,9 @@ class AppraisalPolicy:
     @property
     def anchors(self) -> TrustAnchors:
         """What evidence must be verified under: the vendors' roots or the one simulated root."""
-        if self.dangerous_simulated_root is None:
+        if self.dangerous_simulated_roots is None:
             return TrustAnchors.vendor()
-        return TrustAnchors.simulated(self.dangerous_simulated_root)
+        return TrustAnchors.simulated(self.dangerous_simulated_roots)
 
     @property
     def digest(self) -> bytes:
@@ -192,11 +191,11 @@ class AppraisalPolicy:
         lines = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and field.name != "dangerous_simulated_root":
+            if value is not None and field.name != "dangerous_simulated_roots":
                 lines.append(f"{field.name} = {_to_text(value)}")
-        if self.dangerous_simulated_root is not None:
-            pem = load_certificate(self.dangerous_simulated_root).parsed.public_bytes(Encoding.PEM).decode()
-            lines.append(f'dangerous_simulated_root = """\n{pem}"""')
+        if self.dangerous_simulated_roots is not None:
+            pem = "".join(map(to_pem, split_certificates(self.dangerous_simulated_roots)))
+            lines.append(f'dangerous_simulated_roots = """\n{pem}"""')
         return "\n".join(lines) + "\n"
 
 
@@ -228,10 +227,10 @@ def _check(policy: AppraisalPolicy) -> None:
     _check_attributes(policy)
     if policy.any_platform == bool(policy.platforms):
         raise _invalid("platforms", "platforms, or any_platform = true, not both", len(policy.platforms))
-    if policy.dangerous_simulated_root is not None:
-        if type(policy.dangerous_simulated_root) is not bytes:
-            raise _invalid("dangerous_simulated_root", "DER bytes", "another type")
-        TrustAnchors.simulated(policy.dangerous_simulated_root)
+    if policy.dangerous_simulated_roots is not None:
+        if type(policy.dangerous_simulated_roots) is not bytes:
+            raise _invalid("dangerous_simulated_roots", "DER bytes", "another type")
+        TrustAnchors.simulated(policy.dangerous_simulated_roots)
 
 
 def _check_sets(policy: AppraisalPolicy) -> None:
@@ -281,8 +280,8 @@ def _set(name: str, value: Any) -> frozenset[Any]:
 
 def _from_text(name: str, value: Any) -> Any:
     """One TOML value as the field's own type; what is left to check, the constructor checks."""
-    if name == "dangerous_simulated_root":
-        return _root(value)
+    if name == "dangerous_simulated_roots":
+        return _roots(value)
     if name in _BYTE_SETS:
         if type(value) is not list or len(value) > MAX_VALUES:
             raise _invalid(name, f"a list of at most {MAX_VALUES}", type(value).__name__)
@@ -300,16 +299,13 @@ def _octets(name: str, value: Any) -> bytes:
     return bytes.fromhex(value)
 
 
-def _root(value: Any) -> bytes:
-    if type(value) is not str:
-        raise _invalid("dangerous_simulated_root", "one certificate in PEM", type(value).__name__)
+def _roots(value: Any) -> bytes:
     try:
-        chain = load_chain(value.encode())
-    except (EvidenceError, UnicodeError) as error:
-        raise _invalid("dangerous_simulated_root", "one certificate in PEM", "none") from error
-    if len(chain) != 1:
-        raise _invalid("dangerous_simulated_root", "one certificate in PEM", len(chain))
-    return chain[0].der
+        return b"".join(read_pem(value.encode(), most=MAX_SIMULATED_ROOTS))
+    except (EvidenceError, UnicodeError, AttributeError) as error:
+        raise _invalid(
+            "dangerous_simulated_roots", f"1 to {MAX_SIMULATED_ROOTS} certificates in PEM", "other text"
+        ) from error
 
 
 def _to_text(value: Any) -> str:
