@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 from collections.abc import Coroutine
 from typing import Any
@@ -38,7 +39,7 @@ from cloister.errors import (
 )
 from cloister.net.messages import Answer
 from cloister.party.memory import Memory
-from support.realm import NOW, STRANGER, WORKER, owner_key, policy
+from support.realm import NOW, STRANGER, WORKER, Realm, owner_key, policy
 from support.stage import IMAGE, USER, Stage
 
 pytestmark = pytest.mark.asyncio
@@ -444,15 +445,35 @@ async def test_collateral_older_than_in_an_earlier_run(tmp_path):
     stage.close()
 
 
+async def test_what_one_process_saw_another_does_not_forget(tmp_path):
+    """A long-lived client that saw less must not cover up a rollback for the others."""
+    path = tmp_path / "memory"
+    stage, long_lived = await opened(memory=path)
+    await stage.run(long_lived.session.refresh())
+    older = copy.deepcopy(stage.realm.host.records)
+    for _ in range(3):
+        await stage.realm.publish(stage.realm.next(stage.current), key=None)
+    await stage.run(User(stage, memory=path).session.refresh())
+    newest = Memory.load(path).head.size
+    stage.realm.host.records = older
+    stage.realm = await Realm.start(stage.realm.host, stage.realm.clock)
+    await refused(Rollback, "rollback.store", stage.run(long_lived.session.refresh()))
+    assert Memory.load(path).head.size == newest
+    assert stage.realm.service.halted
+    stage.close()
+
+
 async def test_a_memory_that_is_damaged_or_another_s(tmp_path):
     stage = await Stage.open()
     path = tmp_path / "head"
     path.write_bytes(b"damaged")
     with pytest.raises(UsageError):
         User(stage, memory=path)
+    path.unlink()
     Memory(head=TreeHead.sign(SigningKey.generate(), size=1, root=bytes(32), time=1)).save(path)
     with pytest.raises(BindingRefused):
         User(stage, memory=path)
+    path.unlink()
     forged = dataclasses.replace(stage.realm.service.log.head(), size=1)
     Memory(head=forged).save(path)
     with pytest.raises(Tampered):

@@ -363,7 +363,7 @@ def test_an_unreadable_identity_is_refused(tmp_path: Path, content: bytes | None
     if content is not None:
         path.write_bytes(content)
     error = refusal(lambda: Identity.load(path))
-    code = "identity.format" if (content and content.isascii()) or content == b"" else "identity.file"
+    code = "identity.file" if content is None else "identity.format"
     assert (type(error), error.code) == (UsageError, code)
 
 

@@ -149,7 +149,7 @@ class TestExchange:
     ) -> None:
         said = len(worker.said())
         order(worker, "request", deed, which)
-        worker.refuses("transport.status", after=said)
+        worker.refuses("transport.key" if code == "ohttp.key" else "transport.status", after=said)
         outer = [each for each in worker.wire.exchanges(KEY_SERVICE) if each.sent != each.request][-1]
         assert (outer.answer.status, outer.answer.code) == (400, code)
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 import os
+import time
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from cloister.core.ohttp import bhttp, hpke
 from cloister.core.ohttp.kem import generate_private_key
 from cloister.core.ohttp.keyconfig import KeyConfiguration
 from cloister.core.protocol.conversation import ask_key_service
-from cloister.core.protocol.document import KEM_NAMES, ServiceDocument
-from cloister.core.protocol.exchange import HeadRequest, PoolCreation, Possession, StatementQuery
+from cloister.core.protocol.document import KEM_NAMES, SIGNING_ALGORITHM, ServiceDocument
+from cloister.core.protocol.exchange import HeadRequest, PoolCreation, Possession, Publication, StatementQuery
 from cloister.core.protocol.flow import drive_async
 from cloister.core.protocol.head import TreeHead
 from cloister.core.protocol.limits import MAX_POOLS
@@ -25,6 +26,7 @@ from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import Release, ReleaseRequest, SealedRelease, release_info
 from cloister.core.protocol.statement import ServingOptions, Statement
 from cloister.enclave.keyservice import challenges as challenge_module
+from cloister.enclave.keyservice import documents as documents_module
 from cloister.enclave.keyservice import possession as possession_module
 from cloister.enclave.keyservice.challenges import LIFETIME, Challenges
 from cloister.enclave.keyservice.epochs import Epochs
@@ -47,6 +49,7 @@ from cloister.errors import (
     Unavailable,
 )
 from cloister.net.messages import Answer
+from support import realm as support
 from support.realm import (
     DAY,
     KEY_SERVICE,
@@ -251,6 +254,83 @@ async def test_a_service_whose_own_evidence_does_not_verify_does_not_come_up(mon
     )
     with pytest.raises(EvidenceRefused):
         await Realm.start()
+
+
+# -- documents -----------------------------------------------------------------
+
+
+def sign(realm):
+    realm.clock.time += 1  # the same state at the same time is the same document
+    realm.service.documents.sign()
+
+
+async def test_a_document_that_was_replaced_a_moment_ago_still_counts(monkeypatch):
+    """Otherwise an owner who publishes often would lock everyone out who lives some milliseconds away."""
+    realm = await started()
+    old = realm.service.documents.digest
+    sign(realm)
+    proof = await realm.service.possession(HeadRequest(nonce=bytes(32), head=None, document=old))
+    assert proof.document == old != realm.service.documents.digest
+    unknown = HeadRequest(nonce=bytes(32), head=None, document=b"x" * 32)
+    assert (await realm.service.possession(unknown)).document == realm.service.documents.digest
+    monkeypatch.setattr(documents_module, "CURRENT", -1.0)
+    late = HeadRequest(nonce=bytes(32), head=None, document=old)
+    assert (await realm.service.possession(late)).document == realm.service.documents.digest
+
+
+async def test_two_documents_in_one_batch():
+    realm = await started()
+    old = realm.document()
+    sign(realm)
+    new = realm.document()
+    requests = [HeadRequest(nonce=os.urandom(32), head=None, document=each.digest) for each in (old, new)]
+    proofs = await asyncio.gather(*map(realm.service.possession, requests))
+    for request, proof, document in zip(requests, proofs, (old, new), strict=True):
+        assert proof.document == document.digest
+        service_key = document.attested.binding.key(SIGNING_ALGORITHM)
+        proof.verify(request, service=realm.id, service_key=service_key)
+
+
+async def test_documents_that_workers_may_name_are_bounded(monkeypatch):
+    realm = await started()
+    documents = realm.service.documents
+    old = documents.digest
+    monkeypatch.setattr(documents_module, "MAX_RECENT", 4)
+    for _ in range(9):
+        sign(realm)
+    assert len(documents._recent) == 4
+    with pytest.raises(BindingRefused):
+        documents.require_recent(old)
+    latest = documents.digest
+    sign(realm)
+    documents.require_recent(latest)
+    monkeypatch.setattr(documents_module, "RECENT", -1.0)
+    with pytest.raises(BindingRefused):
+        documents.require_recent(latest)
+
+
+async def test_evidence_of_another_enclave_is_not_its_own(monkeypatch):
+    """The host's device may answer with anybody's genuine quote."""
+    monkeypatch.setattr(
+        support.Attester,
+        "evidence",
+        lambda self, report_data: support.evidence(bytes(64), KEY_SERVICE, now=NOW),
+    )
+    await refused(BindingRefused, "binding.report-data", Realm.start(measurement=STRANGER))
+
+
+# -- messages of many items ------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [Publication.from_bytes, ReleaseRequest.from_bytes, PoolCreation.from_bytes])
+async def test_messages_of_many_items_are_refused_before_they_are_built(read):
+    """An item takes a byte to send and a microsecond to read, on the one event loop, before any signature."""
+    raw = encode([{}] * 100_000)
+    before = time.perf_counter()
+    with pytest.raises(FormatError) as caught:
+        read(raw)
+    assert caught.value.claim == "items"
+    assert time.perf_counter() - before < 0.05
 
 
 # -- possession ----------------------------------------------------------------

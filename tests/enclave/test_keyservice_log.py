@@ -14,10 +14,10 @@ from cloister.core.protocol.head import TreeHead
 from cloister.core.secret import Secret
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.keyservice.entries import Entry
-from cloister.enclave.keyservice.log import IDENTITY_TABLE, LOG_TABLE, Log
+from cloister.enclave.keyservice.log import IDENTITY_TABLE, LOG_TABLE, MAX_UNCERTAIN, Log
 from cloister.enclave.keyservice.state import State
-from cloister.errors import CloisterError, FormatError, Tampered, Unavailable
-from support.realm import NOW, Clock, MemoryHost, Realm, statement
+from cloister.errors import AccessRefused, CloisterError, FormatError, Rollback, Tampered, Unavailable
+from support.realm import NOW, Clock, MemoryHost, Realm, owner_key, statement
 
 KEY = Secret(b"sealing key, thirty-two bytes ok")
 
@@ -364,3 +364,83 @@ def _any_entry(raw: bytes) -> None:
 
 async def test_any_bytes_are_no_entry():
     given(st.binary(max_size=60))(_any_entry)()
+
+
+# -- answers of the store that are lost -----------------------------------------
+
+
+async def test_a_statement_whose_answer_was_lost_is_taken_once(host):
+    realm = await Realm.start(host)
+    await realm.create_pool()
+    second = realm.next(await realm.publish(), grants={b"u" * 32: NOW})
+    host.writes = "lost"
+    with pytest.raises(Unavailable):
+        await realm.publish(second, key=None)
+    host.writes = "ok"
+    await realm.publish(second, key=None)  # the owner runs the command again
+    await realm.service.documents.rotate()
+    again = await Realm.start(host, realm.clock)
+    assert again.service.log.state.models[second.model].statement == second
+
+
+async def test_a_pool_whose_answer_was_lost_is_created_once(host):
+    realm = await Realm.start(host)
+    host.writes = "lost"
+    with pytest.raises(Unavailable):
+        await realm.create_pool()
+    host.writes = "ok"
+    size = len(realm.service.log.tree)
+    await realm.create_pool()
+    assert len(realm.service.log.tree) == size + 1
+    assert (await Realm.start(host, realm.clock)).service.log.state.pools == {realm.pool.id: realm.pool}
+
+
+async def test_a_stranger_does_not_claim_a_pool_over_an_entry_of_uncertain_outcome(host):
+    realm = await Realm.start(host)
+    await realm.create_pool()
+    one, other = owner_key("one"), owner_key("other")
+    host.writes = "lost"
+    with pytest.raises(Unavailable):
+        await realm.publish(statement(realm.id, owner=one), owner=one)
+    host.writes = "ok"
+    with pytest.raises(AccessRefused) as caught:
+        await realm.publish(statement(realm.id, owner=other), owner=other)
+    assert caught.value.code == "access.pool"
+    again = await Realm.start(host, realm.clock)
+    assert again.service.log.state.owners == {realm.pool.id: one.thumbprint}
+
+
+async def test_an_epoch_whose_answer_was_lost(host):
+    realm = await Realm.start(host)
+    host.writes = "lost"
+    with pytest.raises(Unavailable):
+        await realm.service.documents.rotate()
+    host.writes = "ok"
+    await realm.service.documents.rotate()
+    assert (await Realm.start(host, realm.clock)).service.log.state.epoch > realm.service.log.state.epoch
+
+
+async def test_what_could_not_be_replayed_is_never_written(host):
+    """Whatever a caller checked before: the log looks again once it knows what is durable."""
+    realm = await Realm.start(host)
+    await realm.create_pool()
+    said = await realm.publish()
+    stale = realm.publication(realm.next(said, version=7))
+    body = {"pool": stale.pool, "statement": stale.statement.to_data()}
+    size = len(realm.service.log.tree)
+    with pytest.raises(Rollback):
+        await realm.service.log.append("statement", body)
+    first = realm.publication(statement(realm.id, name="other"))
+    with pytest.raises(FormatError):
+        await realm.service.log.append("statement", {**body, "statement": first.statement.to_data()})
+    assert len(realm.service.log.tree) == size
+    await realm.publish(realm.next(said), key=None)
+
+
+async def test_entries_without_an_answer_are_bounded(host):
+    log = await filled(host)
+    host.writes = "refused"
+    for _ in range(MAX_UNCERTAIN + 3):
+        with pytest.raises(Unavailable):
+            await log.append("epoch", {"epoch": 9})
+    assert len(log._uncertain) == MAX_UNCERTAIN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,11 @@ from cloister.core.protocol.release import (
 )
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.keyservice import routes as routes_module
+from cloister.enclave.server import EnclaveServer
+from cloister.enclave.worker import membership as membership_module
+from cloister.enclave.worker.main import Worker
 from cloister.enclave.worker.membership import Membership
+from cloister.enclave.worker.models import ModelCache
 from cloister.errors import (
     AppraisalRefused,
     BindingRefused,
@@ -92,7 +97,7 @@ class Joined:
 
     def state(self) -> tuple[Any, ...]:
         worker = self.worker
-        return (worker.keys, worker.models, worker.head, worker._lease_end, worker._lease_requests)
+        return (worker.keys, worker.models, worker._lease_end, worker._lease_requests)
 
 
 async def ready(measurement: bytes = WORKER, **changes: Any) -> Joined:
@@ -634,3 +639,36 @@ async def test_nothing_readable_leaves_the_worker():
     assert joined.worker._signing_key.public not in seen
     assert "K" * 8 not in repr(live) + repr(joined.worker.keys)
     assert decode(encode({}), what="x") == {}
+
+
+async def test_keys_die_though_the_host_cuts_the_link():
+    joined = await ready()
+    await joined.worker.renew()
+    worker = Worker(joined.worker, ModelCache(joined.link, budget=1 << 20))
+    worker.server = EnclaveServer(lambda request: None)
+    worker._serve_keys()
+    assert worker.server._gateway._keys
+    joined.realm.clock.time += 30 * 86400  # by an honest clock
+    joined.link.down = lambda number, answer: Answer(status=500)
+    stop = asyncio.Event()
+    kept = asyncio.ensure_future(worker.keep(stop))
+    await asyncio.sleep(0.05)
+    stop.set()
+    await kept
+    assert worker.server._gateway._keys == {}
+    assert joined.worker.keys == {}
+
+
+async def test_keys_die_though_the_host_holds_the_clock(monkeypatch):
+    joined = await ready()
+    await joined.worker.renew()
+    started = time.monotonic()
+    monkeypatch.setattr(membership_module.time, "monotonic", lambda: started + 30 * 86400)
+    assert joined.worker.private_keys() == []
+
+
+async def test_a_head_is_remembered_whatever_becomes_of_the_release():
+    joined = await ready()
+    joined.link.down = lambda number, answer: Answer(status=500) if number == 1 else answer
+    await refused(joined, TransportError)
+    assert joined.worker.head.size == len(joined.realm.service.log.tree) - 1  # the release itself is logged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from cloister.enclave.clock import HintedClock
 from cloister.enclave.server import InnerRequest
 from cloister.enclave.worker.membership import LiveKey, LiveModel
 from cloister.enclave.worker.models import LoadedModel, ModelCache
-from cloister.enclave.worker.routes import WorkerRoutes
+from cloister.enclave.worker.routes import MAX_WAITING, WorkerRoutes
 from cloister.errors import (
     AccessRefused,
     BindingRefused,
@@ -49,8 +50,8 @@ class Membership:
     def __init__(self, *models: Sealed) -> None:
         self.service, self.pool_id = SERVICE, POOL
         self.keys = {
-            7: LiveKey(epoch=3, not_after=NOW + 100, private_key=kem_key(0x20)),
-            6: LiveKey(epoch=2, not_after=NOW, private_key=kem_key(0x20)),
+            7: LiveKey(epoch=3, not_after=NOW + 100, dies=math.inf, private_key=kem_key(0x20)),
+            6: LiveKey(epoch=2, not_after=NOW, dies=math.inf, private_key=kem_key(0x20)),
         }
         self.models = {model.model: model.live for model in models}
         self.active = True
@@ -481,3 +482,59 @@ async def test_many_at_once_get_their_own_answers(bench):
 
     for start in range(0, 40, 8):
         assert all(await asyncio.gather(*(one(seed) for seed in range(start, start + 8))))
+
+
+async def test_strangers_who_wait_for_a_renewal_leave_the_queue_alone(bench):
+    """Anybody can sign for a model that isn't there, and so make the worker ask the key service."""
+    gate = asyncio.Event()
+    bench.routes._refresh = gate.wait
+    ghost = f"{STRANGER.thumbprint.hex()}/nothing"
+    asked = [
+        asyncio.ensure_future(bench.routes(bench.request(key=STRANGER, model=ghost)))
+        for _ in range(MAX_WAITING + 20)
+    ]
+    await asyncio.sleep(0.05)
+    assert (await bench.routes(bench.request())).status == 200
+    gate.set()
+    codes = [error.code for error in await asyncio.gather(*asked, return_exceptions=True)]
+    assert codes.count("overloaded") == 20
+    assert codes.count("not-found.model") == MAX_WAITING
+    assert bench.routes._waiting == bench.routes._inside == 0
+
+
+async def test_a_few_bytes_do_not_become_a_large_tensor(bench):
+    """A side of zero makes an empty tensor of any other sides; a model may turn it into another number."""
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1 << 23, 0, 8], "data": []}
+    content = json.dumps({"inputs": [tensor]}).encode()
+    await bench.refused(InvalidRequest, "request.shape", content=content, header=None)
+
+
+async def refused_after_spending(bench, kind, code):
+    with pytest.raises(kind) as caught:
+        await bench.routes(bench.request())
+    assert caught.value.code == code
+    assert bench.membership.spent == 1
+    assert bench.routes._inside == 0
+
+
+async def test_a_statement_that_is_replaced_while_the_model_loads(bench):
+    """The host can make a load last as long as it likes."""
+    real = bench.cache.use
+
+    def slow(live):
+        bench.membership.models = {}
+        return real(live)
+
+    bench.cache.use = slow
+    await refused_after_spending(bench, AccessRefused, "access.statement")
+
+
+async def test_a_lease_that_ends_while_the_model_loads(bench):
+    real = bench.cache.use
+
+    def slow(live):
+        bench.membership.active = False
+        return real(live)
+
+    bench.cache.use = slow
+    await refused_after_spending(bench, LeaseExpired, "lease-expired")

@@ -206,15 +206,47 @@ def test_bodies_in_memory_have_a_limit_over_all_connections(go: Go) -> None:
 
 def test_one_connection_too_many(go: Go) -> None:
     async def main() -> None:
-        front = await serve(echo, limits=Limits(max_connections=1))
+        gate = asyncio.Event()
+
+        async def held(head: Head, body: memoryview) -> Answer:
+            await gate.wait()
+            return Answer()
+
+        front = await serve(held, limits=Limits(max_connections=1))
         first = await Raw.connect(front)
-        assert (await first.ask(POST % (0, b"")))[0] == 200
+        asked = asyncio.ensure_future(first.ask(POST % (0, b"")))
+        await asyncio.sleep(0.05)
         second = await Raw.connect(front)
         assert (await second.answer())[0] == 503
         assert await second.closed()
-        assert (await first.ask(POST % (0, b"")))[0] == 200
+        gate.set()
+        assert (await asked)[0] == 200
         await first.end()
         await second.end()
+        await front.close()
+
+    go(main())
+
+
+def test_silent_connections_make_room_for_those_who_ask(go: Go) -> None:
+    """Whoever holds every place without asking for anything keeps nobody out."""
+
+    async def main() -> None:
+        front = await serve(echo, limits=Limits(max_connections=8))
+        regular = await Raw.connect(front)
+        assert (await regular.ask(POST % (0, b"")))[0] == 200
+        silent = [await Raw.connect(front) for _ in range(6)]
+        partial = await Raw.connect(front)
+        partial.writer.write(b"POST /oh")
+        await asyncio.sleep(0.05)
+        for _ in range(20):
+            client = await Raw.connect(front)
+            assert (await client.ask(POST % (3, b"") + b"abc"))[2] == b"abc"
+            await client.end()
+        assert await silent[0].closed()
+        assert (await regular.ask(POST % (0, b"")))[0] == 200  # served before, so it went last
+        for each in (*silent, partial, regular):
+            await each.end()
         await front.close()
 
     go(main())

@@ -81,7 +81,8 @@ class Session:
     _failure: TransportError | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.conversation = Memory.load(self.memory).resume(self.policy.trust)
+        self.conversation = Conversation(trust=self.policy.trust)
+        Memory.load(self.memory).remind(self.conversation)
 
     def ensure(self) -> Flow[VerifiedDocument]:
         """The service document, verified in full unless it still holds (step 1)."""
@@ -104,14 +105,16 @@ class Session:
                 raise TransportError(self._failure.message, code=self._failure.code) from self._failure
         self._refreshing = True
         try:
-            verified = yield from self.conversation.refresh(self.now())
+            Memory.load(self.memory).remind(self.conversation)  # another process may have seen more
+            try:
+                return (yield from self.conversation.refresh(self.now()))
+            finally:
+                Memory.of(self.conversation).save(self.memory)
         except TransportError as error:
             self._failure = error
             raise
         finally:
             self._refreshing = False
-        Memory.of(self.conversation).save(self.memory)
-        return verified
 
     def request(self, model: str, inner: bhttp.Request) -> Flow[bhttp.Response]:
         """Send one inner request for a model; retries by encapsulating anew (step 5).

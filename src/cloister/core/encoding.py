@@ -37,18 +37,34 @@ def _refuse_tag(*_: object) -> NoReturn:
 _NO_TAGS: Final = _NoTags()
 
 
-def encode(value: Any) -> bytes:
-    """Encode plain data (None, bool, int, float, bytes, str, list, tuple, dict) deterministically."""
-    return cbor2.dumps(value, canonical=True)
+def encode(value: Any, *, foreign: bool = False) -> bytes:
+    """Encode plain data (None, bool, int, float, bytes, str, list, tuple, dict) deterministically.
+
+    Args:
+        value: What to encode.
+        foreign: For a format of others: each map keeps its order.
+    """
+    return cbor2.dumps(value, canonical=not foreign)
 
 
-def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_MESSAGE) -> Any:
+def decode(
+    data: bytes | bytearray | memoryview,
+    *,
+    what: str,
+    limit: int = MAX_MESSAGE,
+    items: int = MAX_ITEMS,
+    foreign: bool = False,
+) -> Any:
     """Decode one value that is encoded deterministically and fills ``data``.
 
     Args:
         data: The encoded bytes.
         what: Name of the message, for the error.
         limit: Longest accepted encoding, in bytes.
+        items: Most items, counted flat; each costs the reader about a microsecond, whatever its length.
+        foreign: For a format of others: a map's keys may be numbers and come in any order, which the value
+            keeps. Every other rule stands (but a float takes 8 bytes, not as few as it can), so `encode` with
+            the same setting gives ``data`` back.
 
     Raises:
         FormatError: too long, too deep, not CBOR, not plain data (a map's keys are text or bytes), trailing
@@ -59,7 +75,7 @@ def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_
         raise FormatError(
             f"{what} is too long", claim="length", expected=f"at most {limit} B", actual=len(raw)
         )
-    _require_few(raw, what)
+    _require_few(raw, what, items)
     try:
         value = cbor2.loads(
             raw,
@@ -68,23 +84,23 @@ def decode(data: bytes | bytearray | memoryview, *, what: str, limit: int = MAX_
             tag_hook=_refuse_tag,
             allow_indefinite=False,
             allow_duplicate_keys=False,
-            strict_hashable_types=True,
+            strict_hashable_types=not foreign,
         )
     except Exception as error:
         raise FormatError(f"{what} is not CBOR", code="format.cbor") from error
     _require_plain(value, what)
-    if encode(value) != raw:
+    if encode(value, foreign=foreign) != raw:
         raise FormatError(f"{what} is not in deterministic encoding", code="format.cbor")
     return value
 
 
-def _require_few(raw: bytes, what: str) -> None:
+def _require_few(raw: bytes, what: str, most: int) -> None:
     """Refuse more items than any message has, before anything is made of them: an item may take one byte."""
     offset, items = 0, 0
     while offset < len(raw):
         items += 1
-        if items > MAX_ITEMS:
-            raise FormatError(f"{what} has too many items", claim="items", expected=f"at most {MAX_ITEMS}")
+        if items > most:
+            raise FormatError(f"{what} has too many items", claim="items", expected=f"at most {most}")
         major, extra = raw[offset] >> 5, raw[offset] & 0x1F
         width = 1 << extra - 24 if 24 <= extra <= 27 else 0
         if major in (2, 3):  # bytes and text: passed over by their length

@@ -21,7 +21,7 @@ HEADER_LENGTH: Final = b"inference-header-content-length"
 MAX_HEADER: Final = 8 << 20  # bytes of JSON
 MAX_TENSORS: Final = 256
 MAX_RANK: Final = 32
-MAX_ELEMENTS: Final = 1 << 40
+MAX_TENSOR: Final = 64 << 20  # bytes, as if no side were zero: a model may turn such a side into another
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -209,8 +209,8 @@ def _tensor_head(tensor: Any) -> tuple[str, np.dtype[Any], tuple[int, ...], int 
     valid = isinstance(shape, list) and len(shape) <= MAX_RANK
     if not valid or not all(type(side) is int and 0 <= side < 1 << 40 for side in shape or ()):
         raise _bad("request.shape", f"shape of {name}", f"at most {MAX_RANK} whole numbers", "something else")
-    if math.prod(side for side in shape or () if side) > MAX_ELEMENTS:  # even beside a side of zero
-        raise _bad("request.shape", f"shape of {name}", f"at most {MAX_ELEMENTS} elements", "more")
+    if math.prod(max(side, 1) for side in shape or ()) * min(DTYPES[kind].itemsize, 8) > MAX_TENSOR:
+        raise _bad("request.shape", f"size of {name}", f"at most {MAX_TENSOR} B", "more")
     parameters = tensor.get("parameters", {})
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None and (type(size) is not int or size < 0):

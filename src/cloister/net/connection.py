@@ -85,6 +85,8 @@ class Connection(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._tapped = 0
+        self._since = 0.0  # when it began to wait for a head, by the loop's clock
+        self._served = False  # whether a whole head has come
 
     # --- what the event loop calls ---
 
@@ -94,12 +96,29 @@ class Connection(asyncio.BufferedProtocol):
         shared = self._shared
         if shared.tap is not None:
             self._tapped = shared.tap.opened("front")
-        full = len(shared.members) >= shared.limits.max_connections
+        full = len(shared.members) >= shared.limits.max_connections and not self._displace()
         shared.members.add(self)
         self._state = _State.HEAD
-        self._deadline = shared.loop.time() + shared.limits.head_timeout
+        self._since = shared.loop.time()
+        self._deadline = self._since + shared.limits.head_timeout
         if full or shared.closing:
             self._refuse(503, ((b"retry-after", b"1"),))
+
+    def _displace(self) -> bool:
+        """Where all places are taken, drop the connection that has waited longest for a whole head.
+
+        Those that never sent one go first, then those between two requests.
+        """
+        waiting = (each for each in self._shared.members if isinstance(each, Connection) and each._waiting)
+        oldest = min(waiting, key=lambda each: (each._served, each._since), default=None)
+        if oldest is not None:
+            oldest.abort()
+            self._shared.members.discard(oldest)
+        return oldest is not None
+
+    @property
+    def _waiting(self) -> bool:
+        return self._state is _State.HEAD
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
@@ -181,6 +200,7 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(http1.status_of(error))
             return
         path = request.target
+        self._served = True
         if path == ROUTE:
             self._expect_body(request, end)
         elif path in self._shared.gets:
@@ -312,7 +332,8 @@ class Connection(asyncio.BufferedProtocol):
         limits = self._shared.limits
         self._state = _State.HEAD
         wait = limits.head_timeout if self._filled else limits.idle_timeout
-        self._deadline = self._shared.loop.time() + wait
+        self._since = self._shared.loop.time()
+        self._deadline = self._since + wait
         if self._filled:
             self._advance()
         if self._state in (_State.HEAD, _State.BODY) and not self._transport.is_closing():

@@ -56,7 +56,8 @@ class Publisher:
         self._now = now
         self._carrier = Carrier(url, transport)
         trust = Trust(service=service, key_service=key_service)
-        self._conversation = desk.memory(service).resume(trust)
+        self._conversation = Conversation(trust=trust)
+        desk.memory(service).remind(self._conversation)
 
     @property
     def conversation(self) -> Conversation:
@@ -65,9 +66,11 @@ class Publisher:
 
     def verify(self) -> VerifiedDocument:
         """Verify the service, and that it extends what this desk has seen of it."""
-        verified = self._carrier.run(self._conversation.refresh(self._now()))
-        self._desk.remember(self._conversation)
-        return verified
+        self._desk.memory(self._conversation.trust.service).remind(self._conversation)
+        try:
+            return self._carrier.run(self._conversation.refresh(self._now()))
+        finally:
+            self._desk.remember(self._conversation)
 
     def publish(
         self,

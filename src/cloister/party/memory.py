@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from cloister.core.encoding import decode, encode, unpack
-from cloister.core.protocol.conversation import Conversation, Trust
+from cloister.core.protocol.conversation import Conversation
 from cloister.core.protocol.head import TreeHead
 from cloister.core.verifier.result import CollateralMark, CollateralMemory
 from cloister.errors import FormatError, UsageError
@@ -35,15 +35,27 @@ class Memory:
         """What a conversation leaves to remember."""
         return cls(head=conversation.head, collateral=conversation.collateral.marks)
 
-    def resume(self, trust: Trust) -> Conversation:
-        """A conversation that knows what was seen before.
+    def join(self, other: Memory) -> Memory:
+        """The newer of both in every part: what one process saw, another must not forget."""
+        heads = [head for head in (self.head, other.head) if head is not None]
+        marks = dict(self.collateral)
+        for name, mark in other.collateral.items():
+            known = marks.get(name, mark)
+            marks[name] = CollateralMark(
+                issued=max(known.issued, mark.issued), number=max(known.number, mark.number)
+            )
+        return Memory(head=max(heads, key=lambda head: head.size, default=None), collateral=marks)
+
+    def remind(self, conversation: Conversation) -> None:
+        """Have a conversation know what was seen before, by itself and by others.
 
         Raises:
             BindingRefused, Tampered: the remembered head is not the trusted service's.
         """
-        if self.head is not None:
-            self.head.verify(trust.service)
-        return Conversation(trust=trust, head=self.head, collateral=CollateralMemory(self.collateral))
+        joined = self.join(Memory.of(conversation))
+        if joined.head is not None:
+            joined.head.verify(conversation.trust.service)
+        conversation.head, conversation.collateral = joined.head, CollateralMemory(joined.collateral)
 
     def to_bytes(self) -> bytes:
         """The content of its file."""
@@ -82,16 +94,17 @@ class Memory:
             raise _unusable("read", path, reason) from error
 
     def save(self, path: Path | None) -> None:
-        """Keep it.
+        """Keep it, together with what others kept there meanwhile.
 
         Raises:
-            UsageError: code ``memory.file``; it can't be written.
+            UsageError: code ``memory.file``; it can't be read or written.
         """
         if path is None:
             return
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            files.replace(path, self.to_bytes())
+            with files.locked(path.parent):
+                files.replace(path, self.join(Memory.load(path)).to_bytes())
         except OSError as error:
             raise _unusable("written", path, error.strerror) from error
 

@@ -1,15 +1,15 @@
-"""Evidence as it travels: a quote and the collateral that a verifier needs, stapled by the sender."""
+"""Evidence as it travels: what a TEE signed, and the collateral to verify it with, stapled by the sender."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from cloister.core.evidence.dcap import MAX_QUOTE
 from cloister.errors import EvidenceError
 
-TEES: Final = frozenset({"sgx"})
+TEES: Final = frozenset({"sgx", "tdx", "snp", "nitro"})
+MAX_EVIDENCE: Final = 16 << 10  # bytes; a Nitro document has at most 16 KiB, a quote about 5
 MAX_COLLATERAL_PART: Final = 512 << 10  # bytes; Intel's largest CRLs stay below 400 KiB
 MAX_COLLATERAL_JSON: Final = 4 << 20  # characters
 
@@ -123,18 +123,65 @@ _PARTS: Final = tuple(field.name for field in fields(Collateral))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """A quote of one kind of TEE and the collateral to verify it with.
+class AmdCollateral:
+    """What AMD's key distribution service says about one processor.
 
     Attributes:
-        tee: ``"sgx"``.
-        quote: The quote as the TEE gave it, at most 16 KiB.
-        collateral: Stapled by the sender; the verifier trusts none of it before it checked it.
+        certificates: PEM: VCEK or VLEK, ASK or ASVK, ARK.
+        crl: DER revocation list of the ARK; empty where the sender has none.
+    """
+
+    certificates: bytes
+    crl: bytes = b""
+
+    def __post_init__(self) -> None:
+        for name, least in (("certificates", 1), ("crl", 0)):
+            part = getattr(self, name)
+            if type(part) is not bytes or not least <= len(part) <= MAX_COLLATERAL_PART:
+                raise EvidenceError(
+                    "collateral part is missing, empty or too long",
+                    claim=name,
+                    expected=f"{least} to {MAX_COLLATERAL_PART} B",
+                    actual=f"{len(part)} B" if type(part) is bytes else type(part).__name__,
+                )
+
+    def to_data(self) -> dict[str, bytes]:
+        """Plain data for `cloister.core.encoding`."""
+        return {"certificates": self.certificates, "crl": self.crl}
+
+    @classmethod
+    def from_data(cls, data: Any) -> AmdCollateral:
+        """Read what `to_data` gave.
+
+        Raises:
+            EvidenceError: a part is missing, unknown, of another type or too long.
+        """
+        return cls(**_exact_keys(data, ("certificates", "crl"), "collateral"))
+
+
+AnyCollateral: TypeAlias = Collateral | AmdCollateral | None
+_COLLATERAL: Final[dict[str, type[Collateral] | type[AmdCollateral] | None]] = {
+    "sgx": Collateral,
+    "tdx": Collateral,
+    "snp": AmdCollateral,
+    "nitro": None,  # the document brings its certificates
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What one kind of TEE signed, and the collateral to verify it with.
+
+    Attributes:
+        tee: ``"sgx"``, ``"tdx"``, ``"snp"`` or ``"nitro"``.
+        quote: The quote, report or document as the TEE gave it, at most 16 KiB.
+        collateral: Stapled by the sender; the verifier trusts none of it before it checked it. `Collateral`
+            for SGX and TDX, `AmdCollateral` for SNP, None for Nitro.
     """
 
     tee: str
     quote: bytes
-    collateral: Collateral
+    collateral: AnyCollateral
 
     def __post_init__(self) -> None:
         if type(self.tee) is not str or self.tee not in TEES:
@@ -144,16 +191,23 @@ class Evidence:
                 expected=sorted(TEES),
                 actual=repr(self.tee)[:40],
             )
-        if type(self.quote) is not bytes or not 0 < len(self.quote) <= MAX_QUOTE:
+        if type(self.quote) is not bytes or not 0 < len(self.quote) <= MAX_EVIDENCE:
             raise EvidenceError(
-                "quote is missing, empty or too long", claim="quote", expected=f"1 to {MAX_QUOTE} B"
+                "quote is missing, empty or too long", claim="quote", expected=f"1 to {MAX_EVIDENCE} B"
             )
-        if type(self.collateral) is not Collateral:
-            raise EvidenceError("evidence without collateral", claim="collateral")
+        kind = _COLLATERAL[self.tee] or type(None)
+        if type(self.collateral) is not kind:
+            raise EvidenceError(
+                "evidence with another kind of collateral, or with none",
+                claim="collateral",
+                expected=kind.__name__,
+                actual=type(self.collateral).__name__,
+            )
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for `cloister.core.encoding`."""
-        return {"tee": self.tee, "quote": self.quote, "collateral": self.collateral.to_data()}
+        collateral = None if self.collateral is None else self.collateral.to_data()
+        return {"tee": self.tee, "quote": self.quote, "collateral": collateral}
 
     @classmethod
     def from_data(cls, data: Any) -> Evidence:
@@ -163,9 +217,11 @@ class Evidence:
             EvidenceError: any other data.
         """
         values = _exact_keys(data, ("tee", "quote", "collateral"), "evidence")
-        return cls(
-            tee=values["tee"], quote=values["quote"], collateral=Collateral.from_data(values["collateral"])
-        )
+        tee, collateral = values["tee"], values["collateral"]
+        kind = _COLLATERAL.get(tee) if type(tee) is str else None
+        if kind is not None:
+            collateral = kind.from_data(collateral)
+        return cls(tee=tee, quote=values["quote"], collateral=collateral)
 
 
 def _exact_keys(data: Any, names: tuple[str, ...], what: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ MEDIA_TYPE: Final = "message/bhttp"
 
 MAX_CONTENT: Final = 64 << 20  # bytes, unless the caller says otherwise
 MAX_CONTROL: Final = 8 << 10  # bytes; method, scheme, authority, path: each
-MAX_CHUNKS: Final = 1 << 16  # of content of indeterminate length
+MAX_CHUNKS: Final = 1 << 12  # of content of indeterminate length
 MAX_INFORMATIONAL: Final = 16  # responses before the final one
 
 _CODE: Final = field_lines.CODE

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
 from cloister.core.encoding import decode, encode, unpack
-from cloister.core.protocol.limits import MAX_EPOCH, MAX_LEASE, MAX_LEASE_REQUESTS
+from cloister.core.protocol.limits import MAX_EPOCH, MAX_LEASE, MAX_LEASE_REQUESTS, MAX_POLICY_ITEMS
 from cloister.core.protocol.pool import Pool
 from cloister.core.verifier.anchors import TrustAnchors
 from cloister.core.verifier.appraisal import AppraisalPolicy
@@ -102,7 +102,7 @@ class EnclaveConfiguration:
             UsageError: a field has a value it can't have.
         """
         data = unpack(
-            decode(raw, what="enclave configuration", limit=MAX_CONFIGURATION),
+            decode(raw, what="enclave configuration", limit=MAX_CONFIGURATION, items=2 * MAX_POLICY_ITEMS),
             "configuration",
             anchor_roots=(bytes, type(None)),
             key_service=(dict, type(None)),

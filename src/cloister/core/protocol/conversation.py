@@ -88,7 +88,7 @@ class Conversation:
         for pause in (0.0, *LAG_PAUSES):
             if pause:
                 yield Pause(pause)
-            verified, possession = yield from self._fetch(now, before)
+            verified, possession = yield from self._fetch(now)
             if possession.document == verified.digest:
                 break  # otherwise a cache on the way lags behind what the service serves
         else:
@@ -101,7 +101,7 @@ class Conversation:
                 hint="A cache may hold an old copy; try again",
             )
         self._require_newer(verified, possession)
-        self.head, self.verified, self.possession = possession.head, verified, possession
+        self.verified, self.possession = verified, possession
         self.verifications += 1
         seen = (
             f"{before.size} to {possession.head.size}" if before else f"{possession.head.size}, first visit"
@@ -113,7 +113,7 @@ class Conversation:
         )
         return verified
 
-    def _fetch(self, now: int, before: TreeHead | None) -> Flow[tuple[VerifiedDocument, Possession]]:
+    def _fetch(self, now: int) -> Flow[tuple[VerifiedDocument, Possession]]:
         answer = yield Outgoing(method=b"GET", target=WELL_KNOWN)
         if answer.status != 200:
             raise _outer_error(answer)
@@ -121,11 +121,12 @@ class Conversation:
         verified = verify_document(
             raw, policy=self.trust.key_service, service=self.trust.service, now=now, seen=self.collateral
         )
-        request = HeadRequest(nonce=os.urandom(NONCE_SIZE), head=before)
+        request = HeadRequest(nonce=os.urandom(NONCE_SIZE), head=self.head, document=verified.digest)
         content = yield from ask_key_service(verified.document, b"/possession", request.to_bytes())
         possession = Possession.from_bytes(content)
         service_key = verified.attested.binding.key(SIGNING_ALGORITHM)
         possession.verify(request, service=self.trust.service, service_key=service_key)
+        self.head = possession.head  # whatever becomes of the rest: a later service must extend it
         return verified, possession
 
     def _require_newer(self, verified: VerifiedDocument, possession: Possession) -> None:

@@ -16,7 +16,7 @@ from cloister.core.identity import (
 )
 from cloister.core.merkle import HASH_SIZE, MerkleTree, verify_inclusion
 from cloister.core.protocol.head import TreeHead, hashes_from_data
-from cloister.core.protocol.limits import MAX_REQUEST_LIFETIME
+from cloister.core.protocol.limits import MAX_POLICY_ITEMS, MAX_REQUEST_LIFETIME
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import CHALLENGE_SIZE
 from cloister.core.protocol.statement import SignedStatement, owner_of
@@ -28,26 +28,43 @@ QUERY_PURPOSE: Final = "statement query"
 MAX_BATCH: Final = 4096  # nonces under one signature
 MAX_POOL: Final = 1 << 20  # bytes
 _MAX_SMALL: Final = 8 << 10  # bytes
+_MAX_FLAT: Final = 64  # items of a message that nests nothing but a signed text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRequest:
-    """A nonce, and the newest tree head that the sender has seen (None on a first visit)."""
+    """What a challenge or a proof of possession is asked with.
+
+    Attributes:
+        nonce: 32 bytes.
+        head: The newest tree head that the sender has seen; None on a first visit.
+        document: Digest of the service document that it holds (32 bytes), or None.
+    """
 
     nonce: bytes
     head: TreeHead | None
+    document: bytes | None = None
 
     def to_bytes(self) -> bytes:
         """The content of the inner request."""
-        return encode({"head": self.head.to_data() if self.head else None, "nonce": self.nonce})
+        head = self.head.to_data() if self.head else None
+        return encode({"document": self.document, "head": head, "nonce": self.nonce})
 
     @classmethod
     def from_bytes(cls, raw: bytes | memoryview) -> HeadRequest:
         """Read what `to_bytes` gave; raises FormatError."""
         data = decode(raw, what="head request", limit=_MAX_SMALL)
-        fields = unpack(data, "head request", head=(dict, type(None)), nonce=NONCE_SIZE)
+        fields = unpack(
+            data, "head request", document=(bytes, type(None)), head=(dict, type(None)), nonce=NONCE_SIZE
+        )
+        if fields["document"] is not None and len(fields["document"]) != HASH_SIZE:
+            raise FormatError(
+                claim="document digest", expected=f"{HASH_SIZE} B", actual=len(fields["document"])
+            )
         return cls(
-            nonce=fields["nonce"], head=None if fields["head"] is None else TreeHead.from_data(fields["head"])
+            nonce=fields["nonce"],
+            head=None if fields["head"] is None else TreeHead.from_data(fields["head"]),
+            document=fields["document"],
         )
 
 
@@ -56,7 +73,8 @@ class Possession:
     """Proof that the service holds its key now: a signature over a Merkle tree of clients' nonces.
 
     Attributes:
-        document: Digest of the document that the service serves now (32 bytes).
+        document: Digest of the document that was asked about, if the service served it a moment ago; else of
+            the one that it serves now (32 bytes).
         root: Root over the batch's nonces (32 bytes).
         size: Nonces in the batch.
         index: Which of them is the client's.
@@ -197,7 +215,7 @@ class Publication:
     def from_bytes(cls, raw: bytes | memoryview) -> Publication:
         """Read what `to_bytes` gave; raises FormatError."""
         fields = unpack(
-            decode(raw, what="publication"),
+            decode(raw, what="publication", items=_MAX_FLAT),
             "publication",
             key_id=int,
             pool=32,
@@ -230,7 +248,7 @@ class PoolCreation:
     @classmethod
     def from_bytes(cls, raw: bytes | memoryview) -> PoolCreation:
         """Read what `to_bytes` gave; raises FormatError or UsageError."""
-        data = decode(raw, what="pool creation", limit=MAX_POOL)
+        data = decode(raw, what="pool creation", limit=MAX_POOL, items=MAX_POLICY_ITEMS)
         fields = unpack(data, "pool creation", owner=(bytes, type(None)), pool=dict)
         return cls(pool=Pool.from_data(fields["pool"]), owner=fields["owner"])
 

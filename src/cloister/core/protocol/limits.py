@@ -15,5 +15,7 @@ MAX_POOLS: Final = 256  # in one key service
 MAX_MODELS: Final = 4096  # in one pool
 MAX_GRANTS: Final = 10_000  # in one statement
 MAX_NAME: Final = 128  # characters of a model's or a pool's name
+MAX_POLICY_ITEMS: Final = 4096  # CBOR items of an appraisal policy and what stands beside it
+MAX_REQUEST_ITEMS: Final = 256  # CBOR items of a release request
 MAX_INNER_REQUEST: Final = 64 << 20  # bytes of an encapsulated request
 MAX_SEALED_MODEL: Final = 64 << 30  # bytes

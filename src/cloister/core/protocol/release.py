@@ -8,7 +8,7 @@ from typing import Any, Final
 from cloister.core.encoding import decode, digest, encode, unpack
 from cloister.core.identity import CONTEXT, SIGNATURE_SIZE, SigningKey, thumbprint, verify_signature
 from cloister.core.protocol.attestation import Attestation
-from cloister.core.protocol.limits import MAX_LEASE, MAX_LEASE_REQUESTS, MAX_MODELS
+from cloister.core.protocol.limits import MAX_LEASE, MAX_LEASE_REQUESTS, MAX_MODELS, MAX_REQUEST_ITEMS
 from cloister.core.protocol.statement import SignedStatement
 from cloister.core.secret import Secret
 from cloister.errors import BindingRefused, FormatError
@@ -51,7 +51,7 @@ class ReleaseRequest:
     def from_bytes(cls, raw: bytes | memoryview) -> ReleaseRequest:
         """Read what `to_bytes` gave; raises FormatError."""
         fields = unpack(
-            decode(raw, what="release request", limit=MAX_RELEASE),
+            decode(raw, what="release request", limit=MAX_RELEASE, items=MAX_REQUEST_ITEMS),
             "release request",
             attestation=dict,
             challenge=CHALLENGE_SIZE,

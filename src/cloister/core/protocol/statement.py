@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, cast
 
 from cloister.core.encoding import decode, encode, unpack
 from cloister.core.identity import SIGNATURE_SIZE, SigningKey, thumbprint, verify_signature
-from cloister.core.protocol.limits import MAX_GRANTS, MAX_SEALED_MODEL
+from cloister.core.protocol.limits import MAX_GRANTS, MAX_POLICY_ITEMS, MAX_SEALED_MODEL
 from cloister.core.protocol.pool import require_name
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import AccessRefused, FormatError, UsageError
@@ -174,7 +174,7 @@ class Statement:
     def from_bytes(cls, raw: bytes) -> Statement:
         """Read a statement text; raises FormatError or UsageError."""
         fields = unpack(
-            decode(raw, what="statement", limit=MAX_STATEMENT),
+            decode(raw, what="statement", limit=MAX_STATEMENT, items=2 * (MAX_GRANTS + MAX_POLICY_ITEMS)),
             "statement",
             grants=dict,
             key_service=dict,

@@ -1,18 +1,24 @@
-"""Verification of SGX quotes under DCAP, by the rules of Intel's QVL.
+"""Verification of SGX and TDX quotes under DCAP, by the rules of Intel's QVL.
 
 Steps, cited by number below:
 
-1. The quote parses, carries a PEM chain, and comes from Intel's quoting enclave.
+1. The quote parses, is of the TEE that the evidence names, carries a PEM chain, and comes from Intel's
+   quoting enclave.
 2. Each chain (PCK, PCK CRL issuer, TCB signing twice) ends in a root byte-equal to the pinned one.
 3. PCK leaf, PCK CA, root: signatures, CA bits, dates, names.
 4. The other chains likewise; the PCK CRL's issuer is the PCK's issuer.
 5. The root CRL covers the CAs and the TCB signers, the PCK CRL covers the PCK; nothing is revoked.
-6. TCB info: signature over its exact text, dates, id, version, FMSPC and PCEID of the PCK.
-7. QE identity: signature over its exact text, dates, id, version.
+6. TCB info: signature over its exact text, dates, id of the TEE, version, FMSPC and PCEID of the PCK.
+7. QE identity: signature over its exact text, dates, id of the TEE, version.
 8. The PCK signed the report of the quoting enclave, and the report binds the attestation key.
 9. The quoting enclave's report matches the QE identity; its ISVSVN gives its status.
 10. The attestation key signed header and body.
-11. The first TCB level that the platform reaches gives its status; both statuses merge.
+11. TDX: signer and attributes of the TDX module that launched the TD are those that TCB info lists for its
+    major version; its ISVSVN gives its status.
+12. The first TCB level that the platform reaches gives its status (TDX: so does the TD's TEE_TCB_SVN, from
+    index 2 on where the module has a level of its own); the statuses merge. Nothing is revoked.
+13. TDX 1.5: where the launching module is out of date, SGX part and quoting enclave are not, and TEE_TCB_SVN2
+    shows that a current module runs now, the status is that a relaunch of the TD is advised.
 """
 
 from __future__ import annotations
@@ -20,13 +26,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Final
+from typing import Final, cast
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cloister.core.evidence.bundle import Evidence
-from cloister.core.evidence.dcap import CERTIFICATION_PEM_CHAIN, Quote, QuoteSignature, SgxReportBody
+from cloister.core.evidence.bundle import Collateral, Evidence
+from cloister.core.evidence.dcap import (
+    CERTIFICATION_PEM_CHAIN,
+    TEE_SGX,
+    TEE_TDX,
+    Body,
+    Quote,
+    QuoteSignature,
+)
 from cloister.core.evidence.pck import PckExtension
+from cloister.core.evidence.sgx import SgxReportBody
+from cloister.core.evidence.tdx import TdReport
 from cloister.core.verifier.anchors import TrustAnchors
 from cloister.core.verifier.chain import Certificate, require_signature
 from cloister.core.verifier.collateral import (
@@ -42,16 +57,20 @@ from cloister.core.verifier.collateral import (
     verify_revocation,
     verify_tcb_info,
 )
-from cloister.core.verifier.qe import QeIdentity, QeLevel
-from cloister.core.verifier.result import Platform, Step, VerifiedEvidence
-from cloister.core.verifier.tcb import TcbInfo, TcbLevel, merge_status
+from cloister.core.verifier.qe import QeIdentity
+from cloister.core.verifier.result import DcapPlatform, Step, VerifiedEvidence
+from cloister.core.verifier.tcb import IsvLevel, TcbInfo, TcbLevel, merge_status, require_good
+from cloister.core.verifier.tdx import appraise_td
 from cloister.errors import EvidenceRefused
 
 QE_VENDOR_INTEL: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 
+_TEES: Final = {TEE_SGX: "sgx", TEE_TDX: "tdx"}
+_DOCUMENTS: Final = {"sgx": ("SGX", "QE"), "tdx": ("TDX", "TD_QE")}  # ids of TCB info and QE identity
+
 
 def verify(evidence: Evidence, *, anchors: TrustAnchors, now: int) -> VerifiedEvidence:
-    """Verify an SGX quote and its collateral.
+    """Verify an SGX or TDX quote and its collateral.
 
     Args:
         evidence: The quote with stapled collateral.
@@ -64,41 +83,41 @@ def verify(evidence: Evidence, *, anchors: TrustAnchors, now: int) -> VerifiedEv
     """
     steps: list[Step] = []
     quote = Quote.from_bytes(evidence.quote)
-    _require_quote(quote, steps)
-    chains = load_chains(quote.signature, evidence.collateral)
+    _require_quote(quote, evidence, steps)
+    collateral = cast(Collateral, evidence.collateral)  # a quote comes with no other
+    chains = load_chains(quote.signature, collateral)
     require_roots(chains, anchors, steps)
     platform = verify_pck(chains, now, steps)
     verify_collateral_chains(chains, now, steps)
     verify_revocation(chains, now, steps)
-    tcb_info = verify_tcb_info(evidence.collateral, chains.tcb[0], platform, now, steps)
-    identity = verify_qe_identity(evidence.collateral, chains.qe[0], now, steps)
+    info_id, identity_id = _DOCUMENTS[evidence.tee]
+    tcb_info = verify_tcb_info(collateral, chains.tcb[0], platform, now, steps, name=info_id)
+    identity = verify_qe_identity(collateral, chains.qe[0], now, steps, name=identity_id)
     _verify_qe_report(quote.signature, chains.pck[0], steps)
-    qe_level = identity.appraise(quote.signature.qe_report)
-    steps.append(
-        passed("9 quoting enclave", f"ISVSVN {quote.signature.qe_report.isv_svn}, {qe_level.status}")
-    )
+    qe = identity.appraise(quote.signature.qe_report)
+    steps.append(passed("9 quoting enclave", f"ISVSVN {quote.signature.qe_report.isv_svn}, {qe.status}"))
     _verify_quote_signature(quote, steps)
-    level = tcb_info.select(platform)
-    status = merge_status(level.status, qe_level.status)
-    steps.append(
-        passed("11 TCB level", f"platform {level.status}, quoting enclave {qe_level.status}: {status}")
-    )
+    if isinstance(quote.body, TdReport):
+        status, levels = appraise_td(quote.body, platform, tcb_info, qe, steps)
+    else:
+        status, levels = _appraise_enclave(platform, tcb_info, qe, steps)
     return _result(
+        evidence=evidence,
         quote=quote,
         anchors=anchors,
         chains=chains,
         platform=platform,
         tcb_info=tcb_info,
         identity=identity,
-        level=level,
-        qe_level=qe_level,
         status=status,
+        levels=levels,
         steps=steps,
     )
 
 
-def _require_quote(quote: Quote, steps: list[Step]) -> None:
+def _require_quote(quote: Quote, evidence: Evidence, steps: list[Step]) -> None:
     """Step 1."""
+    require_equal("evidence.tee", "TEE of the quote", evidence.tee, _TEES[quote.header.tee_type])
     if quote.header.qe_vendor_id != QE_VENDOR_INTEL:
         raise EvidenceRefused(
             code="evidence.qe-vendor",
@@ -113,7 +132,9 @@ def _require_quote(quote: Quote, steps: list[Step]) -> None:
             expected=CERTIFICATION_PEM_CHAIN,
             actual=quote.signature.certification_type,
         )
-    steps.append(passed("1 quote", f"SGX version {quote.header.version}, {len(quote.to_bytes())} B"))
+    steps.append(
+        passed("1 quote", f"{evidence.tee.upper()} version {quote.header.version}, {len(evidence.quote)} B")
+    )
 
 
 def _verify_qe_report(signature: QuoteSignature, pck: Certificate, steps: list[Step]) -> None:
@@ -161,17 +182,29 @@ def _verify_quote_signature(quote: Quote, steps: list[Step]) -> None:
     steps.append(passed("10 quote signature", "header and body are signed by the attestation key"))
 
 
+def _appraise_enclave(
+    platform: PckExtension, tcb_info: TcbInfo, qe: IsvLevel, steps: list[Step]
+) -> tuple[str, tuple[TcbLevel | IsvLevel, ...]]:
+    """Step 12 for SGX."""
+    level = tcb_info.select(platform)
+    require_good("platform", level.status)
+    require_good("quoting enclave", qe.status)
+    status = merge_status(level.status, qe.status)
+    steps.append(passed("12 TCB level", f"platform {level.status}, quoting enclave {qe.status}: {status}"))
+    return status, (level, qe)
+
+
 def _result(
     *,
+    evidence: Evidence,
     quote: Quote,
     anchors: TrustAnchors,
     chains: Chains,
     platform: PckExtension,
     tcb_info: TcbInfo,
     identity: QeIdentity,
-    level: TcbLevel,
-    qe_level: QeLevel,
     status: str,
+    levels: Sequence[TcbLevel | IsvLevel],
     steps: Sequence[Step],
 ) -> VerifiedEvidence:
     certificates = {*chains.pck, *chains.crl, *chains.tcb, *chains.qe}
@@ -183,17 +216,17 @@ def _result(
         identity.next_update,
     ]
     return VerifiedEvidence(
-        tee="sgx",
+        tee=evidence.tee,
         anchors_digest=anchors.digest,
         simulated=anchors.is_simulated,
         debug=quote.body.debug,
         tcb_status=status,
-        tcb_date=min(level.date, qe_level.date),
-        advisories=tuple(sorted({*level.advisories, *qe_level.advisories})),
+        tcb_date=min(level.date for level in levels),
+        advisories=tuple(sorted({name for level in levels for name in level.advisories})),
         tcb_evaluation_number=min(tcb_info.evaluation_number, identity.evaluation_number),
         measurements=MappingProxyType(_measurements(quote.body)),
         report_data=quote.body.report_data,
-        platform=Platform(
+        platform=DcapPlatform(
             fmspc=platform.fmspc,
             pce_id=platform.pce_id,
             ppid=platform.ppid,
@@ -209,7 +242,13 @@ def _result(
     )
 
 
-def _measurements(body: SgxReportBody) -> dict[str, bytes | int]:
+def _measurements(body: Body) -> dict[str, bytes | int]:
+    if isinstance(body, TdReport):
+        return {name: getattr(body, name) for name, _size in body.FIELDS if name != "report_data"}
+    return _measurements_of_enclave(body)
+
+
+def _measurements_of_enclave(body: SgxReportBody) -> dict[str, bytes | int]:
     return {
         "mr_enclave": body.mr_enclave,
         "mr_signer": body.mr_signer,

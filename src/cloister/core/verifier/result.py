@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from cloister.core.verifier.chain import time_text
 from cloister.errors import EvidenceRefused
@@ -29,8 +29,8 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Platform:
-    """The machine that the evidence comes from, as its PCK certificate describes it.
+class DcapPlatform:
+    """The machine that a quote comes from, as its PCK certificate describes it.
 
     Attributes:
         fmspc: 6 B platform family.
@@ -64,6 +64,59 @@ class Platform:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SnpPlatform:
+    """The machine that a SEV-SNP report comes from.
+
+    Attributes:
+        product: ``"Milan"``, ``"Genoa"`` or ``"Turin"``.
+        signer: ``"VCEK"`` or ``"VLEK"``.
+        chip_id: 64 B identifier of the processor; zeros where the platform masks it.
+        csp_id: The cloud provider that a VLEK belongs to; empty for a VCEK.
+        tcb: Security versions that the signing key vouches for (REPORTED_TCB), by part: ``"bootloader"``,
+            ``"tee"``, ``"snp"``, ``"microcode"`` and, on Turin, ``"fmc"``.
+        platform_info: PLATFORM_INFO, 64 bits.
+    """
+
+    product: str
+    signer: str
+    chip_id: bytes
+    csp_id: str
+    tcb: Mapping[str, int]
+    platform_info: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``--json`` prints."""
+        return {
+            "product": self.product,
+            "signer": self.signer,
+            "chip_id": self.chip_id.hex(),
+            "csp_id": self.csp_id,
+            "tcb": dict(self.tcb),
+            "platform_info": self.platform_info,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NitroPlatform:
+    """The instance that a Nitro document comes from.
+
+    Attributes:
+        module_id: Of the enclave, as the hypervisor names it.
+        timestamp: When the document was made, unix seconds.
+    """
+
+    module_id: str
+    timestamp: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``--json`` prints."""
+        return {"module_id": self.module_id, "timestamp": self.timestamp}
+
+
+Platform: TypeAlias = DcapPlatform | SnpPlatform | NitroPlatform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CollateralMark:
     """How recent one piece of collateral is.
 
@@ -81,19 +134,21 @@ class VerifiedEvidence:
     """Genuine evidence. Whether it is *acceptable* is for `cloister.core.verifier.appraisal` to say.
 
     Attributes:
-        tee: ``"sgx"``.
+        tee: ``"sgx"``, ``"tdx"``, ``"snp"`` or ``"nitro"``.
         anchors_digest: 32 B; the `TrustAnchors` that it was verified under.
         simulated: Whether those anchors are a simulated platform's.
         debug: Whether the enclave's memory is open to a debugger.
-        tcb_status: Intel's status of platform and quoting enclave together.
-        tcb_date: Unix seconds; issues published before it are fixed on this platform.
-        advisories: Advisories that apply to platform or quoting enclave, sorted.
-        tcb_evaluation_number: The lower one of TCB info and QE identity.
+        tcb_status: Intel's status of platform, TDX module and quoting enclave together; None for TEEs whose
+            vendor gives none.
+        tcb_date: Unix seconds; issues published before it are fixed on this platform; None likewise.
+        advisories: Intel's advisories that apply to platform, TDX module or quoting enclave, sorted.
+        tcb_evaluation_number: The lower one of TCB info and QE identity; None likewise.
         measurements: Fields of the report by name: bytes, or integers for versions.
         report_data: 64 B that the enclave bound to its report.
         platform: The machine.
         collateral: `CollateralMark` per signed object; names include the issuer or family that they speak of.
-        collateral_issued: Oldest issue date among TCB info, QE identity and PCK CRL, unix seconds.
+        collateral_issued: Oldest issue date of what says whether the platform is still good: TCB info, QE
+            identity and CRLs; for Nitro, of the document itself. Unix seconds; None where there was none.
         not_after: Earliest expiry of anything relied on, unix seconds.
         steps: Every check made, in order.
     """
@@ -102,15 +157,15 @@ class VerifiedEvidence:
     anchors_digest: bytes
     simulated: bool
     debug: bool
-    tcb_status: str
-    tcb_date: int
+    tcb_status: str | None
+    tcb_date: int | None
     advisories: tuple[str, ...]
-    tcb_evaluation_number: int
+    tcb_evaluation_number: int | None
     measurements: Mapping[str, bytes | int]
     report_data: bytes
     platform: Platform
     collateral: Mapping[str, CollateralMark]
-    collateral_issued: int
+    collateral_issued: int | None
     not_after: int
     steps: tuple[Step, ...]
 

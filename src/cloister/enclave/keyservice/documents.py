@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import time
 from typing import Final
 
 from cloister.core.ohttp.kem import PrivateKey
@@ -24,7 +24,9 @@ from cloister.enclave.keyservice.log import Log
 from cloister.enclave.keyservice.state import State
 from cloister.errors import BindingRefused
 
-RECENT: Final = 64  # documents that a worker may name
+RECENT: Final = 60.0  # seconds after its end that a worker may name a document
+CURRENT: Final = 5.0  # seconds after its end that a document still counts as served: caches and networks lag
+MAX_RECENT: Final = 4096  # documents
 
 
 class DocumentMaker:
@@ -43,7 +45,7 @@ class DocumentMaker:
         self._seconds: Final = configuration.settings["document_seconds"]
         self.epochs: Final = Epochs(seconds=configuration.settings["epoch_seconds"], overlap=self._seconds)
         self._attestation: Attestation | None = None
-        self._recent: deque[bytes] = deque(maxlen=RECENT)
+        self._recent: dict[bytes, float] = {}  # digest -> monotonic seconds of its end
         self._not_after = 0
         self.own_evidence: VerifiedEvidence
         self.raw = b""
@@ -58,6 +60,14 @@ class DocumentMaker:
         attestation = await asyncio.to_thread(self._attest, epoch)
         # A service whose own evidence doesn't verify under its own anchors must not come up.
         evidence = verify(attestation.evidence, anchors=self._configuration.anchors, now=now)
+        if evidence.report_data != attestation.binding.report_data:
+            raise BindingRefused(
+                "the TEE device gave evidence of another enclave",
+                code="binding.report-data",
+                claim="REPORTDATA",
+                expected=attestation.binding.report_data.hex(),
+                actual=evidence.report_data.hex(),
+            )
         self.epochs.begin(epoch)  # from here on nothing fails: all of it changes together
         self._attestation, self.own_evidence = attestation, evidence
         self.sign()
@@ -88,12 +98,25 @@ class DocumentMaker:
             not_after=self._not_after,
         )
         signed = SignedDocument.sign(document, self._log.identity)
+        ended = time.monotonic()
+        if self.digest not in (b"", signed.digest):
+            self._recent[self.digest] = ended
+        while self._recent and (
+            len(self._recent) > MAX_RECENT or next(iter(self._recent.values())) < ended - RECENT
+        ):
+            self._recent.pop(next(iter(self._recent)))
         self.raw, self.digest = signed.to_bytes(), signed.digest
-        self._recent.append(self.digest)
+
+    def current(self, digest: bytes | None) -> bytes:
+        """That document's digest, if it was served within `CURRENT` seconds; else the present one's."""
+        ended = self._recent.get(digest) if digest is not None else None
+        return (
+            digest if digest is not None and ended is not None and _since(ended) <= CURRENT else self.digest
+        )
 
     def require_recent(self, digest: bytes) -> None:
-        """Refuse a document that this start of the service did not sign lately; raises BindingRefused."""
-        if digest not in self._recent:
+        """Refuse a document that this start of the service did not serve lately; raises BindingRefused."""
+        if digest != self.digest and _since(self._recent.get(digest, float("-inf"))) > RECENT:
             raise BindingRefused(
                 "the exchange names a service document that isn't current",
                 code="binding.document",
@@ -134,6 +157,10 @@ class DocumentMaker:
         return Attestation(
             evidence=self._attester.evidence(binding.report_data), configuration=raw, binding=binding
         )
+
+
+def _since(moment: float) -> float:
+    return time.monotonic() - moment
 
 
 def _pool_entries(state: State, epoch: Epoch) -> tuple[PoolEntry, ...]:

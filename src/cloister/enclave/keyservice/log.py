@@ -27,6 +27,7 @@ from cloister.errors import CloisterError, Tampered, Unavailable
 IDENTITY_TABLE: Final = "identity"
 LOG_TABLE: Final = "log"
 _IDENTITY_KEY: Final = b"service"
+MAX_UNCERTAIN: Final = 16  # entries without an answer that are kept in memory
 _NO_SERVICE: Final = bytes(32)  # the identity record is sealed before a service id is known
 
 
@@ -111,11 +112,15 @@ class Log:
         """Make an entry durable, then let it take effect; returns its index.
 
         Raises:
+            Refused: it does not fit what is durable by now; nothing was written.
             Unavailable: the host did not say that it is durable; it has no effect unless it turns out to be.
         """
         async with self._lock:
             await self._settle()
+            if len(self._uncertain) >= MAX_UNCERTAIN:
+                raise Unavailable("the host's store takes no entries", code="store.write")
             entry = Entry(kind=kind, time=self.clock.now(), body=body, secret=secret)
+            self.state.require(entry)  # settling may have changed what the caller's own checks saw
             index = len(self.tree)
             key = _key(index)
             sealed = self._seal(index, entry)
@@ -126,6 +131,16 @@ class Log:
                 raise Unavailable("the host's store did not take the entry", code="store.write") from error
             self._commit(entry)
             return index
+
+    async def settle(self) -> None:
+        """Take in an entry whose write seemed to fail and did not. Whoever checks before `append` settles first.
+
+        Raises:
+            Tampered: the store holds another entry there.
+            Unavailable: it can't be asked.
+        """
+        async with self._lock:
+            await self._settle()
 
     async def _settle(self) -> None:
         """Learn whether an entry whose write failed is durable after all; it may have arrived late."""

@@ -19,10 +19,11 @@ class PossessionDesk:
 
     Args:
         log: Signs, and proves consistency with older heads.
-        document: Gives the digest of the document that is served now.
+        document: Gives the digest to sign for a request that holds another: that one, if it was served a
+            moment ago, or the one that is served now.
     """
 
-    def __init__(self, log: Log, document: Callable[[], bytes]) -> None:
+    def __init__(self, log: Log, document: Callable[[bytes | None], bytes]) -> None:
         self._log = log
         self._document = document
         self._waiting: list[tuple[HeadRequest, asyncio.Future[Possession]]] = []
@@ -43,15 +44,18 @@ class PossessionDesk:
     def _sign(self) -> None:
         batch, self._waiting = self._waiting, []
         try:
-            self._answer(batch)
+            groups: dict[bytes, list[tuple[HeadRequest, asyncio.Future[Possession]]]] = {}
+            for each in batch:
+                groups.setdefault(self._document(each[0].document), []).append(each)
+            for document, group in groups.items():
+                self._answer(document, group)
         except Exception as error:  # whoever waits must not wait for ever
             for _, answer in batch:
                 if not answer.done():
                     answer.set_exception(error)
 
-    def _answer(self, batch: list[tuple[HeadRequest, asyncio.Future[Possession]]]) -> None:
+    def _answer(self, document: bytes, batch: list[tuple[HeadRequest, asyncio.Future[Possession]]]) -> None:
         tree = MerkleTree(request.nonce for request, _ in batch)
-        document = self._document()
         signature = Possession.sign(self._log.identity, document, tree)
         head, root = self._log.head(), tree.root()
         for index, (request, answer) in enumerate(batch):

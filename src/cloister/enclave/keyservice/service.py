@@ -78,7 +78,7 @@ class KeyService:
         self._configuration: Final = configuration
         self._challenges: Final = Challenges()
         self._collateral: Final = CollateralMemory()
-        self._possession: Final = PossessionDesk(log, lambda: self.documents.digest)
+        self._possession: Final = PossessionDesk(log, self.documents.current)
         self._appraisals: Final = asyncio.Semaphore(1)
         self._appraising = 0
         self._publishing: Final = asyncio.Lock()
@@ -135,6 +135,7 @@ class KeyService:
                 actual=pool.policy.anchors.digest.hex(),
             )
         async with self._publishing:
+            await self.log.settle()
             if pool.id in self.log.state.pools:
                 return self._receipt(self.log.state.pool_entries[pool.id])
             if len(self.log.state.pools) >= MAX_POOLS:
@@ -208,6 +209,7 @@ class KeyService:
         require_service(statement, self.log.service)
         _require_served(statement)
         async with self._publishing:
+            await self.log.settle()
             state = self.log.state
             current = state.models.get(statement.model)
             if (

@@ -36,10 +36,25 @@ class State:
     owners: dict[bytes, bytes] = field(default_factory=dict)  # pool -> the one owner that it serves
     models: dict[str, ModelState] = field(default_factory=dict)
 
-    def apply(self, entry: Entry, index: int) -> None:
-        """Take the entry at an index into account; raises FormatError for one that can't be ours."""
+    def require(self, entry: Entry) -> None:
+        """Refuse an entry that could not be replayed after what is there; so none is ever written.
+
+        Raises:
+            FormatError: it is older than the one before, or a first statement without a key.
+            Refused: its statement is not the next in its chain, or does not fit its pool.
+        """
         if entry.time < self.time:
             raise FormatError(claim="log entry time", expected=f"at least {self.time}", actual=entry.time)
+        if entry.kind == "statement":
+            statement = SignedStatement.from_data(entry.body["statement"]).open()
+            self.require_next(statement)
+            self.require_pool(statement, entry.body["pool"])
+            if entry.secret is None and statement.model not in self.models:
+                raise FormatError("a first statement without a key", claim="log entry")
+
+    def apply(self, entry: Entry, index: int) -> None:
+        """Take the entry at an index into account; raises as `require`, and then changes nothing."""
+        self.require(entry)
         self.time = entry.time
         if entry.kind == "epoch":
             self.epoch = entry.body["epoch"]
@@ -55,12 +70,7 @@ class State:
     def _apply_statement(self, entry: Entry, index: int) -> None:
         signed = SignedStatement.from_data(entry.body["statement"])
         statement = signed.open()
-        self.require_next(statement)
-        self.require_pool(statement, entry.body["pool"])
-        before = self.models.get(statement.model)
-        key = entry.secret or (before.key if before else None)
-        if key is None:
-            raise FormatError("a first statement without a key", claim="log entry")
+        key = entry.secret or self.models[statement.model].key
         pool = entry.body["pool"]
         if not self.pools[pool].shared:
             self.owners.setdefault(pool, statement.owner)

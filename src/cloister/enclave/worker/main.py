@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from cloister.net.messages import Answer, Limits
 logger: Final = logging.getLogger(__name__)
 LIMITS: Final = Limits(max_body=64 << 20)
 RETRY: Final = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to join or renew
+KEY_CHECK: Final = 5.0  # seconds between looks for keys that died
 MIN_REFRESH: Final = 0.5  # seconds between renewals that users ask for
 
 
@@ -68,18 +70,27 @@ class Worker:
                 logger.warning("%s: %s", error.code, error)
                 pause = RETRY[min(failures, len(RETRY) - 1)]
                 failures += 1
-            try:
-                await asyncio.wait_for(stop.wait(), pause)
-            except TimeoutError:
-                continue
+            await self._wait(stop, pause)
+
+    async def _wait(self, stop: asyncio.Event, seconds: float) -> None:
+        """Wait; meanwhile keys that die are dropped, also while the key service is away."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while not stop.is_set() and (left := until - loop.time()) > 0:
+            self._serve_keys()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), min(left, KEY_CHECK))
 
     async def _renew(self) -> None:
         self._began = asyncio.get_running_loop().time()
         await self.membership.renew()
         self.problem = ""
+        self._serve_keys()
+        self._models.retain({slot_name(live.statement) for live in self.membership.models.values()})
+
+    def _serve_keys(self) -> None:
         if self.server is not None:
             self.server.replace_keys(self.membership.private_keys())
-        self._models.retain({slot_name(live.statement) for live in self.membership.models.values()})
 
     def health(self) -> Answer:
         """What the host may know: whether requests can be served, and the code of what is in the way."""

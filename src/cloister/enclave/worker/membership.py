@@ -19,6 +19,7 @@ from cloister.core.protocol.document import KEM_NAMES, SIGNING_ALGORITHM, Servic
 from cloister.core.protocol.exchange import Challenge, HeadRequest
 from cloister.core.protocol.flow import drive_async
 from cloister.core.protocol.head import TreeHead
+from cloister.core.protocol.limits import CLOCK_SKEW, MAX_EPOCH
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import (
     INCARNATION_SIZE,
@@ -40,11 +41,19 @@ from cloister.errors import BindingRefused, LeaseExpired, Rollback, UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveKey:
-    """A pool key that opens requests: its epoch, and when it dies."""
+    """A pool key that opens requests, and when it dies: by the hinted clock, and by the monotonic one.
+
+    The host can hold back the first alone, and the second only with the whole machine.
+    """
 
     epoch: int
     not_after: int
+    dies: float  # monotonic seconds
     private_key: PrivateKey
+
+    def lives(self, now: int) -> bool:
+        """Whether it may still open requests."""
+        return now < self.not_after and time.monotonic() < self.dies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,17 +106,13 @@ class Membership:
     def spend(self) -> None:
         """Take one request from the lease; raises LeaseExpired where it is used up."""
         if not self.active:
-            raise LeaseExpired(
-                "the worker's lease has run out and the key service has not renewed it",
-                claim="lease",
-                expected="a renewed lease",
-                actual="expired",
-                hint="Try again; the operator should look at the key service",
-            )
+            raise lease_expired()
         self._lease_requests -= 1
 
     async def renew(self) -> None:
-        """The five steps. On success the lease, keys and models are the new ones; on failure nothing changes.
+        """The five steps. On success the lease, keys and models are the new ones.
+
+        On failure nothing changes but the newest head, which every later service must extend.
 
         Raises:
             Rollback: the key service's log does not extend what this worker saw.
@@ -138,12 +143,11 @@ class Membership:
         self._lease_end = asked + release.lease.seconds
         self._lease_requests = release.lease.requests
         self.lease_seconds = release.lease.seconds
-        self.head = challenge.head
 
     def private_keys(self) -> list[tuple[int, PrivateKey]]:
         """(key id, private key) of every pool key that has not died."""
         now = self._clock.now()
-        self.keys = {key_id: key for key_id, key in self.keys.items() if key.not_after > now}
+        self.keys = {key_id: key for key_id, key in self.keys.items() if key.lives(now)}
         return [(key_id, key.private_key) for key_id, key in self.keys.items()]
 
     async def _challenge(self, document: ServiceDocument) -> Challenge:
@@ -152,6 +156,7 @@ class Membership:
         challenge.head.verify(self.service)
         self._clock.raise_floor(challenge.head.time)
         challenge.head.require_extends(self.head, list(challenge.consistency))
+        self.head = challenge.head  # whatever becomes of the rest: a later service must extend it
         if document.head.size > challenge.head.size:
             raise Rollback(
                 code="rollback.head",
@@ -211,9 +216,9 @@ class Membership:
         for model, digest in zip(release.models, answer.statements, strict=True):
             statement = self._opened(model, digest)
             models[statement.model] = LiveModel(statement=statement, digest=digest, key=model.key)
-        keys = {key_id: key for key_id, key in self.keys.items() if key.not_after > now}
+        keys = {key_id: key for key_id, key in self.keys.items() if key.lives(now)}
         for pool_key in release.pool_keys:
-            key_id, live = _live_key(pool_key)
+            key_id, live = _live_key(pool_key, now)
             keys[key_id] = live
         self.models, self.keys = models, keys
 
@@ -238,7 +243,18 @@ class Membership:
         return statement
 
 
-def _live_key(pool_key: PoolKey) -> tuple[int, LiveKey]:
+def lease_expired() -> LeaseExpired:
+    """The error of a worker that the key service has not renewed."""
+    return LeaseExpired(
+        "the worker's lease has run out and the key service has not renewed it",
+        claim="lease",
+        expected="a renewed lease",
+        actual="expired",
+        hint="Try again; the operator should look at the key service",
+    )
+
+
+def _live_key(pool_key: PoolKey, now: int) -> tuple[int, LiveKey]:
     configuration = KeyConfiguration.from_bytes(pool_key.configuration)
     private_key = PrivateKey.from_bytes(configuration.kem_id, pool_key.private_key.reveal())
     if private_key.public_bytes != configuration.public_key:
@@ -249,5 +265,8 @@ def _live_key(pool_key: PoolKey) -> tuple[int, LiveKey]:
             actual="another",
         )
     return configuration.key_id, LiveKey(
-        epoch=pool_key.epoch, not_after=pool_key.not_after, private_key=private_key
+        epoch=pool_key.epoch,
+        not_after=pool_key.not_after,
+        dies=time.monotonic() + min(pool_key.not_after - now, MAX_EPOCH + CLOCK_SKEW),
+        private_key=private_key,
     )

@@ -28,7 +28,7 @@ from cloister.core.ohttp import bhttp
 from cloister.core.protocol.authorization import FIELD, RequestAuthorization, RequestContext
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.server import InnerRequest, route_not_found
-from cloister.enclave.worker.membership import LiveModel, Membership
+from cloister.enclave.worker.membership import LiveModel, Membership, lease_expired
 from cloister.enclave.worker.models import LoadedModel, ModelCache, TensorSpec
 from cloister.enclave.worker.replay import ReplayGuard
 from cloister.errors import (
@@ -45,6 +45,7 @@ JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"
 TIMING: Final = b"server-timing"
 DEADLINE: Final = b"cloister-deadline-ms"
+MAX_WAITING: Final = 64  # requests that wait for a renewal
 _PREFIX: Final = b"/v2/models/"
 _VERSION: Final = "1"
 
@@ -78,6 +79,7 @@ class WorkerRoutes:
         self._queue = queue
         self._refresh = refresh
         self._inside = 0
+        self._waiting = 0  # requests that wait for a renewal
         self._replays = ReplayGuard()
 
     async def __call__(self, request: InnerRequest) -> bhttp.Response:
@@ -90,29 +92,43 @@ class WorkerRoutes:
         model, action = _model_route(path)
         if (method, action) not in ((b"POST", b"infer"), (b"GET", b""), (b"GET", b"ready")):
             raise route_not_found(request)
-        if self._inside >= self._queue:  # step 1
-            raise Overloaded(
-                "the worker's queue is full",
-                claim="queue",
-                expected=f"at most {self._queue}",
-                actual=self._inside,
-            )
+        self._require_room()
+        live = await self._authorize(request, model)
+        self._require_room()  # a place is taken after the grant: strangers can't fill the queue
         self._inside += 1
         try:
-            live = await self._authorize(request, model)
             if action == b"ready":
                 return _json({"name": model, "ready": True})
             async with self._models.use(live) as (loaded, fresh):
+                self._require_live(model, live)  # the host may have made the load last
                 if action == b"":
                     return _json(_metadata(model, loaded))
                 return await self._infer(request, model, loaded, fresh=fresh)
         finally:
             self._inside -= 1
 
+    def _require_room(self) -> None:
+        """Step 1; raises Overloaded."""
+        if self._inside >= self._queue:
+            raise Overloaded(
+                "the worker's queue is full",
+                claim="queue",
+                expected=f"at most {self._queue}",
+                actual=self._inside,
+            )
+
+    def _require_live(self, model: str, live: LiveModel) -> None:
+        """Refuse a request whose statement was replaced, or whose lease ran out, since it was authorized."""
+        current = self._membership.models.get(model)
+        if current is None or current.digest != live.digest:
+            raise _superseded(current, live.digest)
+        if not self._membership.active:
+            raise lease_expired()
+
     async def _authorize(self, request: InnerRequest, model: str) -> LiveModel:
         membership = self._membership
         if not membership.active:
-            await self._refresh()
+            await self._wait_for_renewal()
         field = request.http.field(FIELD)
         if field is None:
             raise AccessRefused(
@@ -125,7 +141,7 @@ class WorkerRoutes:
         authorization = RequestAuthorization.from_field(field)
         now = self._clock.now()
         key = membership.keys.get(request.key_id)
-        if key is None or key.not_after <= now:
+        if key is None or not key.lives(now):
             raise BindingRefused(
                 code="binding.epoch", claim="epoch", expected="a live one", actual="one that ended"
             )
@@ -149,7 +165,7 @@ class WorkerRoutes:
         """The model under the statement that the user accepted; asks the key service where they differ."""
         live = self._membership.models.get(model)
         if live is None or live.digest != accepted:
-            await self._refresh()
+            await self._wait_for_renewal()
             live = self._membership.models.get(model)
         if live is None:
             raise NotFound(
@@ -160,15 +176,22 @@ class WorkerRoutes:
                 actual=model[-80:],
             )
         if live.digest != accepted:
-            raise AccessRefused(
-                "the user accepted another statement than the current one",
-                code="access.statement",
-                claim="accepted statement",
-                expected=live.digest.hex(),
-                actual=accepted.hex(),
-                hint="Fetch the service document again",
-            )
+            raise _superseded(live, accepted)
         return live
+
+    async def _wait_for_renewal(self) -> None:
+        """Anyone's request may lead here, so only a few wait at once; raises Overloaded for the others."""
+        if self._waiting >= MAX_WAITING:
+            raise Overloaded(
+                claim="requests that wait for a renewal",
+                expected=f"at most {MAX_WAITING}",
+                actual=self._waiting,
+            )
+        self._waiting += 1
+        try:
+            await self._refresh()
+        finally:
+            self._waiting -= 1
 
     async def _infer(
         self, request: InnerRequest, model: str, loaded: LoadedModel, *, fresh: bool
@@ -270,3 +293,14 @@ def _metadata(model: str, loaded: LoadedModel) -> dict[str, Any]:
 
 def _json(value: dict[str, Any]) -> bhttp.Response:
     return bhttp.Response(status=200, fields=((b"content-type", JSON),), content=json.dumps(value).encode())
+
+
+def _superseded(current: LiveModel | None, accepted: bytes) -> AccessRefused:
+    return AccessRefused(
+        "the user accepted another statement than the current one",
+        code="access.statement",
+        claim="accepted statement",
+        expected=current.digest.hex() if current else "none: the model is gone",
+        actual=accepted.hex(),
+        hint="Fetch the service document again",
+    )
