@@ -36,8 +36,8 @@ def start_service(report: Report, stage: Stage) -> bool:
     """Real processes on one host."""
     report.section(
         "A host that nobody has to trust",
-        "One machine, the simulated TEE. It protects nothing from this machine's administrator; on SGX, TDX, "
-        "SEV-SNP or Nitro the same code and the same evidence format do.",
+        "One machine, the simulated TEE. It protects nothing from this machine's administrator. The "
+        "evidence has the format of SGX DCAP; nothing has run on TEE hardware yet.",
     )
 
     def start(task: Task) -> str:

@@ -93,8 +93,10 @@ class CloisterError(Exception):
         text = self.message
         if self.claim and self.claim not in text:
             text += f" [{self.claim}]"
-        if self.expected or self.actual:
-            text += f": expected {self.expected or 'nothing'}, found {self.actual or 'nothing'}"
+        if self.expected:
+            text += f": expected {self.expected}, found {self.actual or 'nothing'}"
+        elif self.actual:
+            text += f": {self.actual}"
         if self.hint:
             text += f". {self.hint}"
         return text

@@ -9,7 +9,7 @@ import typer
 
 from cloister.cli import infer, measure, owner, roles, up, user, verify
 from cloister.cli.output import report
-from cloister.errors import CloisterError
+from cloister.errors import CloisterError, UsageError
 
 app: Final = typer.Typer(
     name="cloister",
@@ -35,6 +35,17 @@ def main() -> None:
         app()
     except CloisterError as error:
         report(error, as_json="--json" in sys.argv)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        missing = UsageError(
+            "this command needs a package that is not installed",
+            code="usage.extra",
+            claim="package",
+            expected=error.name,
+            actual="none",
+            hint="Install cloister[all]",
+        )
+        report(missing, as_json="--json" in sys.argv)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 from zipfile import BadZipFile
@@ -10,7 +11,7 @@ import numpy as np
 import typer
 
 from cloister.cli.output import print_json, read_text, table
-from cloister.cli.verify import AsJson, Memory, PolicyFile, Url
+from cloister.cli.verify import AsJson, PolicyFile, Url
 from cloister.client.client import Client
 from cloister.client.identity import Identity
 from cloister.core.protocol.trust import UserPolicy
@@ -26,11 +27,14 @@ def infer(
     output: Annotated[
         Path | None, typer.Option("--output", help="Write the outputs to this .npz instead of printing them.")
     ] = None,
-    memory: Memory = None,
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="As for `verify`; by default beside the identity, one for each service."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify the service, send one sealed request, print or write the outputs."""
-    arrays = dict(_read_input(text) for text in inputs)
+    arrays = _read_inputs(inputs)
     user = UserPolicy.from_toml(read_text(policy, "user policy"))
     memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
     with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
@@ -39,7 +43,7 @@ def infer(
     if output is not None:
         _write(output, outputs)
     if as_json:
-        shown = {} if output is not None else {name: array.tolist() for name, array in outputs.items()}
+        shown = {} if output is not None else {name: _plain(array) for name, array in outputs.items()}
         print_json(
             {
                 "outputs": shown,
@@ -49,7 +53,7 @@ def infer(
         )
         return
     rows = [
-        (name, array.dtype, list(array.shape), "written" if output is not None else array.tolist())
+        (name, array.dtype, list(array.shape), "written" if output is not None else _plain(array))
         for name, array in outputs.items()
     ]
     table("Outputs", ("name", "type", "shape", "values"), rows)
@@ -58,12 +62,38 @@ def infer(
 
 def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:
     try:
-        with path.open("wb") as file:
+        # outputs are the user's secret: nobody else on this machine may read the file
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             np.savez(file, **outputs)  # type: ignore[arg-type]  # its stub takes the names for options
     except OSError as error:
         raise UsageError(
             "the outputs can't be written", code="file.write", claim=str(path), actual=error.strerror
         ) from error
+
+
+def _plain(array: np.ndarray) -> object:
+    """An array as lists; strings, which travel as bytes, as text."""
+    if array.dtype.kind == "O":
+        array = np.array(
+            [
+                item.decode("utf-8", "backslashreplace") if isinstance(item, bytes) else item
+                for item in array.flat
+            ],
+            dtype=object,
+        ).reshape(array.shape)
+    return array.tolist()
+
+
+def _read_inputs(texts: list[str]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for text in texts:
+        name, array = _read_input(text)
+        if name in arrays:
+            raise UsageError(
+                code="infer.input", claim="--input", expected="each name once", actual=f"{name} twice"
+            )
+        arrays[name] = array
+    return arrays
 
 
 def _read_input(text: str) -> tuple[str, np.ndarray]:
@@ -80,6 +110,7 @@ def _read_input(text: str) -> tuple[str, np.ndarray]:
             claim=name,
             expected="a .npy file",
             actual=f"{path}: {reason}",
+            hint="Write one with: numpy.save(FILE, ARRAY)",
         ) from error
     if not isinstance(array, np.ndarray):
         raise UsageError(code="infer.input", claim=name, expected="a .npy file", actual=f"{path}: an archive")

@@ -17,7 +17,7 @@ def measure(
     manifest: Annotated[bool, typer.Option(help="Show everything that is measured.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Print the enclave images' reference values: the same for the same source on any checkout."""
+    """Print the enclave images' reference values: the same for the same source, distributions and Python."""
     from cloister.sim.measurement import measure as measure_role
 
     measured = [measure_role(role, source) for role in ("key-service", "worker")]

@@ -152,7 +152,7 @@ def _print(facts: dict[str, object] | dict[str, str | int], *, as_json: bool) ->
 @contextmanager
 def _bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar for work that may take over a second."""
-    if quiet:
+    if quiet or not console.is_terminal:
         yield None
         return
     with ProgressBar(console=console, transient=True) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import json
 import os
@@ -46,6 +47,22 @@ class Service:
         self.site: Final = site
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, list[str]] = {}
+        self._lock: int | None = None
+
+    def lock(self) -> None:
+        """Claim the data directory until `stop`; raises UsageError where another service runs in it."""
+        self._lock = os.open(self.site.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                "a service runs in this data directory already",
+                code="up.running",
+                claim=str(self.site.root),
+                expected="a directory that no other `cloister up` uses",
+                actual="one that is locked",
+                hint="Stop the other one, or name another directory with --data",
+            ) from error
 
     def start(self, name: str, *arguments: str) -> None:
         """Start a role's process under a name."""
@@ -101,6 +118,9 @@ class Service:
                 process.kill()
                 process.wait()
         self.processes.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _spawn(self, name: str) -> None:
         with self._log(name).open("ab") as log:
@@ -183,10 +203,12 @@ def up(
                 owner=None if owner is None else hex_digest(owner, "owner"),
                 settings=settings,
                 capture=capture,
-                say=status.update,
+                say=status.update if as_json or console.is_terminal else console.print,
             )
         _show(site, facts, as_json=as_json)
         _watch(service)
+        if not as_json:
+            console.print("stopping")
     finally:
         service.stop()
 
@@ -214,6 +236,7 @@ def bring_up(
 
     site = service.site
     site.make()
+    service.lock()
     say("measuring the enclaves")
     root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).roots_der
     key_service = reference_policy(measure("key-service"), root)

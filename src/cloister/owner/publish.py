@@ -95,9 +95,9 @@ class Publisher:
         """
         self._require_key_service(self.verify(), policy.key_service)
         model = self._desk.model(name)
-        pool = pool or model.pool or self._only_pool()
+        current = self._current(model)
+        pool = pool or (model.pool if current else None) or self._only_pool()
         self._upload(model.sealed, sealed_file, progress)
-        current = model.current()
         statement = self._next(
             model,
             current,
@@ -140,10 +140,10 @@ class Publisher:
     def _amend(self, name: str, change: Callable[[dict[bytes, int]], dict[bytes, int]]) -> Statement:
         verified = self.verify()
         model = self._desk.model(name)
-        current = model.current()
+        current = self._current(model)
         if current is None or model.pool is None:
             raise UsageError(
-                "the model was not published yet",
+                "the model was not published at this service yet",
                 code="owner.unpublished",
                 claim=name,
                 hint="Run: cloister owner publish",
@@ -159,6 +159,11 @@ class Publisher:
             options=current.options,
         )
         return self._send(model, statement, model.pool, with_key=False)
+
+    def _current(self, model: DeskModel) -> Statement | None:
+        """The statement that *this* service took last: one for another service is none here."""
+        current = model.current()
+        return current if current and current.service == self._conversation.trust.service else None
 
     def _require_key_service(self, verified: VerifiedDocument, policy: AppraisalPolicy) -> None:
         """Refuse, before a key leaves the desk, a key service that the statement itself doesn't accept."""
@@ -219,7 +224,7 @@ class Publisher:
         content = yield from ask_key_service(verified.document, b"/statements/current", query.to_bytes())
         fields = unpack(decode(content, what="statement"), "current statement", pool=bytes, statement=dict)
         signed = SignedStatement.from_data(fields["statement"])
-        theirs, ours = signed.open(), model.current()
+        theirs, ours = signed.open(), self._current(model)
         if (
             theirs.model == name
             and signed.owner_key == self._desk.key.public

@@ -104,12 +104,14 @@ class Conversation:
         self.verified, self.possession = verified, possession
         self.verifications += 1
         seen = (
-            f"{before.size} to {possession.head.size}" if before else f"{possession.head.size}, first visit"
+            f"{before.size} to {possession.head.size} entries"
+            if before
+            else f"{possession.head.size} entries, first visit"
         )
         self.steps = (
             *verified.steps,
             Step(name="possession", outcome="ok", detail=f"signed our nonce, one of {possession.size}"),
-            Step(name="audit log", outcome="ok", detail=f"consistent: {seen} entries"),
+            Step(name="audit log", outcome="ok", detail=f"consistent: {seen}"),
         )
         return verified
 
@@ -187,6 +189,12 @@ def finish_exchange(
     return response
 
 
+_OUTER_HINTS: Final = {
+    404: "No such pool or page there: check the URL, and that workers of this pool run",
+    503: "No enclave is up for this now: try again, or ask the operator",
+}
+
+
 def _outer_error(answer: Incoming) -> CloisterError:
     """What an outer status means. The host's word: it changes no trust, and leads to no weaker suite."""
     body = bytes(answer.body[:2048])
@@ -206,4 +214,5 @@ def _outer_error(answer: Incoming) -> CloisterError:
         claim="outer status",
         expected=200,
         actual=answer.status,
+        hint=_OUTER_HINTS.get(answer.status, ""),
     )
