@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloister.core import encoding
-from cloister.core.evidence import Collateral, Evidence
-from cloister.core.evidence.bundle import MAX_COLLATERAL_PART
+from cloister.core.evidence import AmdCollateral, Collateral, Evidence
+from cloister.core.evidence.bundle import MAX_COLLATERAL_PART, AmdCollateral
 from cloister.errors import EvidenceError
 
 VECTORS = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "dcap"
@@ -70,7 +70,9 @@ def test_signature_of_another_length(name):
         [],
         {},
         EVIDENCE.to_data() | {"more": 1},
-        EVIDENCE.to_data() | {"tee": "tdx"},
+        EVIDENCE.to_data() | {"tee": "snp"},
+        EVIDENCE.to_data() | {"tee": "nitro"},
+        EVIDENCE.to_data() | {"tee": "sev"},
         EVIDENCE.to_data() | {"tee": ["sgx"]},
         EVIDENCE.to_data() | {"quote": b""},
         EVIDENCE.to_data() | {"quote": "text"},
@@ -130,3 +132,39 @@ def test_any_data_gives_evidence_or_our_error(data):
 def test_any_text_gives_collateral_or_our_error(text):
     with contextlib.suppress(EvidenceError):
         Collateral.from_json(text)
+
+
+AMD = AmdCollateral(certificates=b"PEM", crl=b"DER")
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        EVIDENCE,
+        replace(EVIDENCE, tee="tdx"),
+        Evidence(tee="snp", quote=b"report", collateral=AMD),
+        Evidence(tee="snp", quote=b"report", collateral=replace(AMD, crl=b"")),
+        Evidence(tee="nitro", quote=b"document", collateral=None),
+    ],
+)
+def test_evidence_of_every_tee_travels(evidence):
+    assert Evidence.from_data(evidence.to_data()) == evidence
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Evidence(tee="snp", quote=b"report", collateral=COLLATERAL),
+        lambda: Evidence(tee="snp", quote=b"report", collateral=None),
+        lambda: Evidence(tee="nitro", quote=b"document", collateral=AMD),
+        lambda: Evidence(tee="sgx", quote=b"quote", collateral=AMD),
+        lambda: AmdCollateral(certificates=b""),
+        lambda: AmdCollateral(certificates="PEM"),
+        lambda: AmdCollateral(certificates=b"x", crl=bytes(600 << 10)),
+        lambda: AmdCollateral.from_data({"certificates": b"x"}),
+        lambda: AmdCollateral.from_data([]),
+    ],
+)
+def test_collateral_of_another_kind(make):
+    with pytest.raises(EvidenceError):
+        make()

@@ -22,6 +22,7 @@ from cloister.core.protocol.document import ServiceDocument, SignedDocument
 from cloister.core.protocol.exchange import Possession
 from cloister.core.protocol.flow import Outgoing, Pause, drive_async
 from cloister.core.protocol.head import TreeHead
+from cloister.enclave.keyservice import documents as documents_module
 from cloister.errors import (
     AppraisalRefused,
     BindingRefused,
@@ -71,11 +72,12 @@ def refresh(script: Script, talk: Conversation, now: int = NOW) -> Any:
 def refused(
     kind: type[CloisterError], code: str, script: Script, talk: Conversation, now: int = NOW
 ) -> CloisterError:
-    before = (talk.head, talk.verified, talk.possession, talk.verifications)
+    head, before = talk.head, (talk.verified, talk.possession, talk.verifications)
     with pytest.raises(kind) as caught:
         refresh(script, talk, now)
     assert caught.value.code == code, str(caught.value)
-    assert (talk.head, talk.verified, talk.possession, talk.verifications) == before
+    assert (talk.verified, talk.possession, talk.verifications) == before
+    assert head is None or talk.head.size >= head.size  # what was proven stays remembered
     return caught.value
 
 
@@ -138,7 +140,13 @@ def test_nothing_readable_leaves(realm, script, talk):
 # -- rollback, fork, stale -----------------------------------------------------
 
 
-def test_a_document_older_than_the_service_s_own(realm, script, talk):
+@pytest.fixture
+def strict(monkeypatch):
+    """A document that was replaced no longer counts as served, as if some seconds had gone by."""
+    monkeypatch.setattr(documents_module, "CURRENT", -1.0)
+
+
+def test_a_document_older_than_the_service_s_own(realm, script, talk, strict):
     """The host keeps serving what was current before a change: refused once the cache has had its time."""
     stale = realm.service.documents.raw
     asyncio.run(realm.create_pool())
@@ -147,7 +155,16 @@ def test_a_document_older_than_the_service_s_own(realm, script, talk):
     assert script.pauses == list(LAG_PAUSES)
 
 
-def test_a_cache_that_lags_for_a_moment_is_waited_for(realm, script, talk):
+def test_a_document_that_was_replaced_a_moment_ago_serves(realm, script, talk):
+    stale = realm.service.documents.raw
+    asyncio.run(realm.create_pool())
+    script.document = lambda raw: stale
+    refresh(script, talk)
+    assert script.pauses == []
+    assert talk.head.size == 3  # the proof shows the newest head all the same
+
+
+def test_a_cache_that_lags_for_a_moment_is_waited_for(realm, script, talk, strict):
     stale = [realm.service.documents.raw] * 2
     asyncio.run(realm.create_pool())
     script.document = lambda raw: stale.pop() if stale else raw
@@ -322,7 +339,7 @@ def test_a_host_that_is_away(script, talk):
     assert talk.verified is None
 
 
-def test_a_flow_yields_nothing_but_requests_and_pauses(realm, script, talk):
+def test_a_flow_yields_nothing_but_requests_and_pauses(realm, script, talk, strict):
     stale = realm.service.documents.raw
     asyncio.run(realm.create_pool())
     script.document = lambda raw: stale

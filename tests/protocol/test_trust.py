@@ -61,7 +61,7 @@ def test_round_trip():
         (TEXT.replace("max_age = ", "max_age = nan #"), "policy.max_age"),
         (TEXT.replace("max_age = ", "max_age = -"), "policy.max_age"),
         (TEXT.replace("isv_prod_id = 0", "isv_prod_id = 0.0"), "policy.isv_prod_id"),
-        (TEXT.replace('tee = "sgx"', 'tee = "snp"'), "policy.tee"),
+        (TEXT.replace('tee = "sgx"', 'tee = "other"'), "policy.tee"),
         (TEXT.replace("any_platform = true", "any_platform = false"), "policy.platforms"),
         (TEXT.replace("6b" * 32, "6b" * 31), "policy.mr_enclave"),
         (TEXT.replace("[worker]\n", "[worker]\nunknown = 1\n"), "policy.unknown-key"),

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloister.core.evidence import Evidence
 from cloister.core.evidence.dcap import Quote
-from cloister.core.verifier import TrustAnchors, verify
+from cloister.core.verifier import TrustAnchors, dcap, verify
 from cloister.core.verifier.chain import load_chain
 from cloister.core.verifier.tcb import TcbInfo
 from cloister.errors import EvidenceError, UsageError
@@ -177,6 +177,58 @@ def test_number_that_is_out_of_range(change, tmp_path):
     authority = SimulatedAuthority.create(tmp_path, now=NOW)
     with pytest.raises(UsageError):
         authority.quote(**{**VALUES, **change}, now=NOW)
+
+
+TD_VALUES = {"report_data": b"r" * 64, "mr_td": b"m" * 48}
+
+
+@pytest.mark.parametrize(("version", "td_version"), [(4, "1.0"), (5, "1.0"), (5, "1.5")])
+def test_td_quotes_announce_simulation_and_verify(version, td_version, tmp_path):
+    authority = SimulatedAuthority.create(tmp_path, now=NOW)
+    raw = authority.td_quote(**TD_VALUES, version=version, td_version=td_version, now=NOW)
+    quote = Quote.from_bytes(raw)
+    assert b"Simulated" in quote.header.user_data
+    assert b"Simulated" in quote.body.mr_signer_seam
+    assert b"Simulated" in quote.signature.qe_report.mr_signer
+    assert (quote.header.version, len(quote.body.FIELDS)) == (version, 17 if td_version == "1.5" else 15)
+    evidence = Evidence(tee="tdx", quote=raw, collateral=authority.collateral(NOW, tee="tdx"))
+    result = dcap.verify(evidence, anchors=TrustAnchors.simulated(authority.roots_der), now=NOW)
+    assert (result.tee, result.simulated, result.tcb_status) == ("tdx", True, "UpToDate")
+
+
+def test_td_in_debug_mode(tmp_path):
+    authority = SimulatedAuthority.create(tmp_path, now=NOW)
+    body = Quote.from_bytes(authority.td_quote(**TD_VALUES, debug=True, now=NOW)).body
+    assert body.debug
+    assert body.td_attributes == bytes.fromhex("0100001000000000")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"version": 3},
+        {"version": 4, "td_version": "1.5"},
+        {"version": 5, "td_version": "2.0"},
+        {"rtmrs": [bytes(48)] * 3},
+    ],
+)
+def test_td_quote_that_does_not_exist(values, tmp_path):
+    authority = SimulatedAuthority.create(tmp_path, now=NOW)
+    with pytest.raises(UsageError, match="no such quote"):
+        authority.td_quote(**TD_VALUES, **values, now=NOW)
+
+
+def test_td_quote_after_expiry(tmp_path):
+    authority = SimulatedAuthority.create(tmp_path, now=NOW)
+    with pytest.raises(UsageError, match="expired"):
+        authority.td_quote(**TD_VALUES, now=NOW + 11 * 366 * 86400)
+
+
+@pytest.mark.parametrize("name", ["report_data", "mr_td", "mr_config_id", "td_attributes", "xfam"])
+def test_td_value_of_another_length(name, tmp_path):
+    authority = SimulatedAuthority.create(tmp_path, now=NOW)
+    with pytest.raises(EvidenceError):
+        authority.td_quote(**{**TD_VALUES, name: b"short"}, debug=True, now=NOW)
 
 
 @pytest.mark.parametrize("name", ["report_data", "mr_enclave", "mr_signer"])

@@ -79,7 +79,7 @@ def test_complete_reference_values_are_demanded(name):
 @pytest.mark.parametrize(
     "line",
     [
-        'tee = "tdx"',
+        'tee = "other"',
         "tee = 1",
         "mr_enclave = []",
         'mr_enclave = "{}"'.format("ab" * 32),

@@ -346,7 +346,7 @@ def test_document_that_was_edited(field, code, authority, make_evidence, anchors
 @pytest.mark.parametrize(
     ("field", "change", "code"),
     [
-        ("tcb_info", {"id": "TDX"}, "evidence.tcb-info"),
+        ("tcb_info", {"id": "QE"}, "evidence.tcb-info"),
         ("tcb_info", {"version": 2}, "evidence.tcb-info"),
         ("qe_identity", {"id": "TD_QE"}, "evidence.qe-identity"),
         ("qe_identity", {"version": 1}, "evidence.qe-identity"),
@@ -412,6 +412,18 @@ def test_tcb_info_with_a_malformed_field(change, authority, make_evidence, ancho
     text = edited(authority.collateral(now), "tcb_info", **change)
     with pytest.raises(EvidenceError) as caught:
         verify(make_evidence(**signed(authority, "tcb_info", text)), anchors=anchors, now=now)
+    assert caught.value.code == "evidence.collateral"
+
+
+@pytest.mark.parametrize(
+    "advisories", [["x"] * 513, ["INTEL-SA-1", 2], ["a b"], [""], ["x" * 65], "INTEL-SA-1", None]
+)
+def test_advisories_that_are_malformed(advisories, authority, make_evidence, anchors, now):
+    document = json.loads(authority.collateral(now).tcb_info)
+    document["tcbLevels"][0]["advisoryIDs"] = advisories
+    evidence = make_evidence(**signed(authority, "tcb_info", json.dumps(document).encode()))
+    with pytest.raises(EvidenceError, match="advisoryIDs") as caught:
+        verify(evidence, anchors=anchors, now=now)
     assert caught.value.code == "evidence.collateral"
 
 

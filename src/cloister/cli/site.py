@@ -114,8 +114,8 @@ class Site:
 
     def write_pool(self, pool: Pool) -> None:
         """Keep a pool's definition, for the workers that join it."""
-        text = (
-            f'name = "{pool.name}"\nshared = {str(pool.shared).lower()}\n\n[policy]\n{pool.policy.to_toml()}'
+        text = f'name = "{pool.name}"\nshared = {str(pool.shared).lower()}\n\n' + pool.policy.to_toml(
+            "policy"
         )
         write_text(self.pool_file(pool.name), text)
 

@@ -65,6 +65,6 @@ class ModelPolicy:
         """The form that `from_toml` reads."""
         options = self.options
         return (
-            f"[release]\n{self.release.to_toml()}\n[key_service]\n{self.key_service.to_toml()}\n[options]\n"
+            f"{self.release.to_toml('release')}\n{self.key_service.to_toml('key_service')}\n[options]\n"
             f'slo_ms = {options.slo_ms}\nbatching = "{options.batching}"\nisolation = "{options.isolation}"\n'
         )

@@ -1,7 +1,7 @@
 """The simulated platform's own vendor: a private root, its certificates and its collateral.
 
-It makes SGX evidence in the genuine format, so that one verifier serves simulation and production. What it
-vouches for is worth nothing: whoever administers the machine has its keys. Its names and its FMSPC say so.
+It makes SGX and TDX evidence in the genuine format, so that one verifier serves simulation and production.
+What it vouches for is worth nothing: whoever administers the machine has its keys. Its names say so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +32,17 @@ from cloister.core.evidence.pck import PckExtension
 from cloister.core.secret import Secret
 from cloister.errors import UsageError
 from cloister.sim import pki, tcb
-from cloister.sim.quote import ATTRIBUTES, DEBUG_ATTRIBUTES, QuotingEnclave, raw_sign, report
+from cloister.sim.quote import (
+    ATTRIBUTES,
+    DEBUG_ATTRIBUTES,
+    TD_ATTRIBUTES,
+    XFAM,
+    QuotingEnclave,
+    raw_sign,
+    report,
+    td_report,
+    td_report_15,
+)
 
 FOLDER: Final = "simulated-authority"  # inside the data directory
 FMSPC: Final = b"SIMSGX"  # recognisable in every certificate and in TCB info
@@ -39,6 +50,8 @@ PCE_ID: Final = bytes(2)
 LIFETIME: Final = 30 * 86400  # seconds that issued collateral is in force, as Intel's
 CERTIFICATE_LIFETIME: Final = 10 * 366 * 86400  # seconds
 
+_TDX: Final = tcb.TdxReference()
+_TD_VERSIONS: Final = {4: "1.0", 5: "1.5"}  # of the report in a quote, where nothing else is asked for
 _STEP: Final = 3600  # seconds; collateral issued within one hour carries one date, so none looks older
 _SLACK: Final = 300  # seconds that a verifier's clock may be behind
 _SVN: Final = (2,) * 16
@@ -60,6 +73,7 @@ class Flaws:
         age: Seconds to date the collateral back.
         fmspc: Platform family that TCB info speaks of.
         pce_id: PCE that TCB info speaks of.
+        tdx: What TCB info says of the TDX module.
     """
 
     pck_revoked: bool = False
@@ -71,6 +85,7 @@ class Flaws:
     age: int = 0
     fmspc: bytes = FMSPC
     pce_id: bytes = PCE_ID
+    tdx: tcb.TdxReference = _TDX
 
 
 FLAWLESS: Final = Flaws()
@@ -186,8 +201,14 @@ class SimulatedAuthority:
         """The same in PEM."""
         return self._root.certificate.public_bytes(Encoding.PEM).decode()
 
-    def collateral(self, now: int, *, flaws: Flaws = FLAWLESS) -> Collateral:
-        """Issue collateral in force from ``now`` (unix seconds) on for 30 days; its numbers grow."""
+    def collateral(self, now: int, *, tee: str = "sgx", flaws: Flaws = FLAWLESS) -> Collateral:
+        """Issue collateral in force from ``now`` on for 30 days; its numbers grow.
+
+        Args:
+            now: Unix seconds.
+            tee: ``"sgx"`` or ``"tdx"``: the kind of quote that it serves.
+            flaws: What to get wrong.
+        """
         issued = (now - _SLACK) // _STEP * _STEP - flaws.age
         next_update = issued + LIFETIME
         number = issued // _STEP
@@ -217,9 +238,14 @@ class SimulatedAuthority:
             evaluation_number=number,
             status=flaws.tcb_status,
             advisories=flaws.advisories,
+            tdx=flaws.tdx if tee == "tdx" else None,
         )
         identity = tcb.qe_identity(
-            issued=issued, next_update=next_update, evaluation_number=number, status=flaws.qe_status
+            issued=issued,
+            next_update=next_update,
+            evaluation_number=number,
+            status=flaws.qe_status,
+            tdx=tee == "tdx",
         )
 
         def revoke(issuer: _Identity, serials: list[int]) -> bytes:
@@ -273,12 +299,7 @@ class SimulatedAuthority:
         for name, number in (("isv_prod_id", isv_prod_id), ("isv_svn", isv_svn)):
             if not 0 <= number <= 0xFFFF:
                 raise UsageError("out of range", claim=name, expected="0 to 65535", actual=number)
-        if now > self._pck.certificate.not_valid_after_utc.timestamp():
-            raise UsageError(
-                "the simulated platform's certificates have expired",
-                code="sim.authority",
-                hint="Make a new data directory.",
-            )
+        self._require_valid(now)
         body = report(
             cpu_svn=self._platform.cpu_svn,
             attributes=DEBUG_ATTRIBUTES if debug else ATTRIBUTES,
@@ -289,6 +310,66 @@ class SimulatedAuthority:
             report_data=report_data,
         )
         return self._quoting_enclave.sign(body)
+
+    def td_quote(
+        self,
+        *,
+        report_data: bytes,
+        mr_td: bytes,
+        rtmrs: Sequence[bytes] = (bytes(48),) * 4,
+        mr_config_id: bytes = bytes(48),
+        td_attributes: bytes = TD_ATTRIBUTES,
+        xfam: bytes = XFAM,
+        version: int = 4,
+        td_version: str = "",
+        debug: bool = False,
+        mr_service_td: bytes = bytes(48),
+        tee_tcb_svn: bytes = tcb.TEE_TCB_SVN,
+        tee_tcb_svn2: bytes = tcb.TEE_TCB_SVN,
+        now: int,
+    ) -> bytes:
+        """A signed quote over a trust domain with these values.
+
+        Args:
+            report_data: 64 B that the guest binds.
+            mr_td: 48 B.
+            rtmrs: Four registers of 48 B.
+            mr_config_id: 48 B.
+            td_attributes: 8 B.
+            xfam: 8 B.
+            version: 4 or 5, of the quote.
+            td_version: ``"1.0"`` or ``"1.5"``, of the report; by default 1.0 in version 4, 1.5 in version 5.
+            debug: Mark the TD as open to a debugger.
+            mr_service_td: 48 B; TDX 1.5 only.
+            tee_tcb_svn: 16 B; versions of the TDX module that launched the TD.
+            tee_tcb_svn2: 16 B; of the module that runs now; TDX 1.5 only.
+            now: Unix seconds.
+
+        Raises:
+            UsageError: other versions, not four registers, or the platform's certificates have expired.
+            EvidenceError: a value has another length, or a reserved attribute is set.
+        """
+        td_version = td_version or _TD_VERSIONS.get(version, "none")
+        if (version, td_version) not in {(4, "1.0"), (5, "1.0"), (5, "1.5")} or len(rtmrs) != 4:
+            raise UsageError(
+                "there is no such quote",
+                claim="version of quote and report, registers",
+                expected="4 with 1.0, or 5 with 1.0 or 1.5; 4 registers",
+                actual=f"{version} with {td_version}; {len(rtmrs)} registers",
+            )
+        self._require_valid(now)
+        body = td_report(
+            report_data=report_data,
+            mr_td=mr_td,
+            rtmrs=rtmrs,
+            mr_config_id=mr_config_id,
+            td_attributes=_with_debug(td_attributes) if debug else td_attributes,
+            xfam=xfam,
+            tee_tcb_svn=tee_tcb_svn,
+        )
+        if td_version == "1.5":
+            body = td_report_15(body, tee_tcb_svn2=tee_tcb_svn2, mr_service_td=mr_service_td)
+        return self._quoting_enclave.sign(body, version=version)
 
     def sealing_key(self, mr_enclave: bytes) -> Secret:
         """The 32-byte key that only enclaves with this measurement get from this platform.
@@ -303,6 +384,18 @@ class SimulatedAuthority:
         info = b"cloister/v1/simulated-sealing-key" + mr_enclave
         kdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info)
         return Secret(kdf.derive(self._platform_secret.reveal()))
+
+    def _require_valid(self, now: int) -> None:
+        if now > self._pck.certificate.not_valid_after_utc.timestamp():
+            raise UsageError(
+                "the simulated platform's certificates have expired",
+                code="sim.authority",
+                hint="Make a new data directory.",
+            )
+
+
+def _with_debug(td_attributes: bytes) -> bytes:
+    return (int.from_bytes(td_attributes, "little") | 1).to_bytes(len(td_attributes), "little")
 
 
 def _issue_all(not_before: int) -> dict[str, _Identity]:

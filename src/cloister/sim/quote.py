@@ -1,8 +1,9 @@
-"""Quotes of the simulated platform: the DCAP version 3 format, signed under its own root."""
+"""Quotes of the simulated platform: the DCAP formats of versions 3 to 5, signed under its own root."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,20 +14,35 @@ from cloister.core.evidence.dcap import (
     CERTIFICATION_PEM_CHAIN,
     KEY_TYPE_ECDSA_P256,
     TEE_SGX,
+    TEE_TDX,
+    Body,
     Header,
     Quote,
     QuoteSignature,
-    SgxReportBody,
+    signed_bytes,
 )
-from cloister.sim.tcb import QE_ATTRIBUTES, QE_MR_SIGNER, QE_PROD_ID, QE_SVN
+from cloister.core.evidence.sgx import SgxReportBody
+from cloister.core.evidence.tdx import TdReport, TdReport15
+from cloister.sim.tcb import (
+    MR_SIGNER_SEAM,
+    QE_ATTRIBUTES,
+    QE_MR_SIGNER,
+    QE_PROD_ID,
+    QE_SVN,
+    TD_QE_PROD_ID,
+)
 
 ATTRIBUTES: Final = bytes.fromhex("0500000000000000e700000000000000")  # initialised, 64 bit
 DEBUG_ATTRIBUTES: Final = bytes.fromhex("0700000000000000e700000000000000")
+TD_ATTRIBUTES: Final = bytes.fromhex("0000001000000000")  # SEPT_VE_DISABLE
+XFAM: Final = bytes.fromhex("e700060000000000")  # x87, SSE, AVX, AVX-512, PKRU, CET, AMX
+MR_SEAM: Final = hashlib.sha384(b"Cloister Simulated TDX module").digest()
 
 # The header names Intel's quoting enclave, as verifiers of the genuine format demand.
 _QE_VENDOR: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 _USER_DATA: Final = b"Cloister Simulated".ljust(20, b"\0")
 _QE_MR_ENCLAVE: Final = hashlib.sha256(b"Cloister Simulated SGX quoting enclave").digest()
+_TD_QE_MR_ENCLAVE: Final = hashlib.sha256(b"Cloister Simulated TD quoting enclave").digest()
 _QE_AUTH_DATA: Final = bytes(range(32))
 
 
@@ -50,14 +66,15 @@ class QuotingEnclave:
     pce_svn: int
     isv_svn: int = QE_SVN
 
-    def sign(self, body: SgxReportBody) -> bytes:
-        """The quote over ``body``."""
+    def sign(self, body: Body, *, version: int = 3) -> bytes:
+        """The quote of ``version`` over ``body``; 3 takes an enclave's only."""
+        tdx = isinstance(body, TdReport)
         header = Header(
-            version=3,
+            version=version,
             attestation_key_type=KEY_TYPE_ECDSA_P256,
-            tee_type=TEE_SGX,
-            qe_svn=self.isv_svn,
-            pce_svn=self.pce_svn,
+            tee_type=TEE_TDX if tdx else TEE_SGX,
+            qe_svn=self.isv_svn if version == 3 else 0,
+            pce_svn=self.pce_svn if version == 3 else 0,
             qe_vendor_id=_QE_VENDOR,
             user_data=_USER_DATA,
         )
@@ -66,14 +83,14 @@ class QuotingEnclave:
         qe_report = report(
             cpu_svn=self.cpu_svn,
             attributes=QE_ATTRIBUTES,
-            mr_enclave=_QE_MR_ENCLAVE,
+            mr_enclave=_TD_QE_MR_ENCLAVE if tdx else _QE_MR_ENCLAVE,
             mr_signer=QE_MR_SIGNER,
-            isv_prod_id=QE_PROD_ID,
+            isv_prod_id=TD_QE_PROD_ID if tdx else QE_PROD_ID,
             isv_svn=self.isv_svn,
             report_data=bound,
         )
         signature = QuoteSignature(
-            signature=raw_sign(self.attestation_key, header.to_bytes() + body.to_bytes()),
+            signature=raw_sign(self.attestation_key, signed_bytes(header, body)),
             attestation_key=point,
             qe_report=qe_report,
             qe_report_signature=raw_sign(self.pck_key, qe_report.to_bytes()),
@@ -109,6 +126,43 @@ def report(
         isv_family_id=bytes(16),
         report_data=report_data,
     )
+
+
+def td_report(
+    *,
+    report_data: bytes,
+    mr_td: bytes,
+    rtmrs: Sequence[bytes],
+    mr_config_id: bytes,
+    td_attributes: bytes,
+    xfam: bytes,
+    tee_tcb_svn: bytes,
+) -> TdReport:
+    """A TDX 1.0 report of a TD that the simulated module launched; MROWNER and MROWNERCONFIG are zero."""
+    rtmr0, rtmr1, rtmr2, rtmr3 = rtmrs
+    return TdReport(
+        tee_tcb_svn=tee_tcb_svn,
+        mr_seam=MR_SEAM,
+        mr_signer_seam=MR_SIGNER_SEAM,
+        seam_attributes=bytes(8),
+        td_attributes=td_attributes,
+        xfam=xfam,
+        mr_td=mr_td,
+        mr_config_id=mr_config_id,
+        mr_owner=bytes(48),
+        mr_owner_config=bytes(48),
+        rtmr0=rtmr0,
+        rtmr1=rtmr1,
+        rtmr2=rtmr2,
+        rtmr3=rtmr3,
+        report_data=report_data,
+    )
+
+
+def td_report_15(report: TdReport, *, tee_tcb_svn2: bytes, mr_service_td: bytes) -> TdReport15:
+    """The TDX 1.5 form of a report."""
+    fields = {name: getattr(report, name) for name, _size in report.FIELDS}
+    return TdReport15(**fields, tee_tcb_svn2=tee_tcb_svn2, mr_service_td=mr_service_td)
 
 
 def raw_sign(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:

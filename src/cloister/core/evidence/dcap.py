@@ -1,34 +1,52 @@
-"""Intel DCAP quotes (SGX ECDSA, version 3): bytes to frozen values and back.
+"""Intel DCAP quotes of SGX enclaves and TDX trust domains, versions 3 to 5: bytes to frozen values and back.
 
-Layout, little-endian (Intel, "SGX ECDSA QuoteLibReference", appendix A.4)::
+Layout, little-endian (Intel, "SGX ECDSA QuoteLibReference", appendix A.4, and "TDX DCAP Quoting Library API",
+appendix A.3 and A.4)::
 
-    header 48 B | enclave report 384 B | u32 length | signature data | zero padding
+    header 48 B | body descriptor | body | u32 length | signature data | zero padding
 
-Signature data: quote signature 64, attestation key 64, report of the quoting enclave 384, its signature 64,
-u16-length authentication data, u16 type and u32-length certification data. No trust decision is taken here.
+Only version 5 has a body descriptor: u16 type and u32 size of the body. Signature data: quote signature 64,
+attestation key 64, then the certification of that key: report of the quoting enclave 384, its signature 64,
+u16-length authentication data, u16 type and u32-length certification data. Versions 4 and 5 wrap that part in
+certification data of its own: u16 type 6, u32 length. No trust decision is taken here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
+from cloister.core.evidence.layout import length_error, require_size, require_zero, u16, u32
+from cloister.core.evidence.sgx import SIZE as SGX_SIZE
+from cloister.core.evidence.sgx import SgxReportBody
+from cloister.core.evidence.tdx import TdReport, TdReport15
 from cloister.errors import EvidenceError
 
 HEADER_SIZE: Final = 48  # bytes
-SGX_BODY_SIZE: Final = 384  # bytes
+DESCRIPTOR_SIZE: Final = 6  # bytes, in version 5
 SIGNATURE_SIZE: Final = 64  # bytes; raw r || s on P-256
 KEY_SIZE: Final = 64  # bytes; raw x || y on P-256
 MAX_QUOTE: Final = 16 << 10  # bytes, padding included
 MAX_AUTH_DATA: Final = 1 << 10  # bytes
 
 TEE_SGX: Final = 0x00
+TEE_TDX: Final = 0x81
 KEY_TYPE_ECDSA_P256: Final = 2
 CERTIFICATION_PEM_CHAIN: Final = 5  # certification data is a PEM chain: PCK leaf, PCK CA, root
+CERTIFICATION_QE_REPORT: Final = 6  # certification data is a quoting enclave's report and its certification
+BODY_SGX: Final = 1
+BODY_TD10: Final = 2
+BODY_TD15: Final = 3
 
-_FIXED_SIGNATURE_DATA: Final = SIGNATURE_SIZE + KEY_SIZE + SGX_BODY_SIZE + SIGNATURE_SIZE
-# Ranges of an SGX report that the processor leaves zero; what lies between them has a name below.
-_RESERVED: Final = ((20, 32), (96, 128), (160, 192), (262, 304))
+Body: TypeAlias = SgxReportBody | TdReport
+_VERSIONS: Final = (3, 4, 5)
+_TEE_TYPES: Final = (TEE_SGX, TEE_TDX)
+_FIRST_WITH_TDX: Final = (
+    4  # also the first that nests the certification, and whose header has a reserved part
+)
+_FIRST_WITH_DESCRIPTOR: Final = 5
+_SIZES: Final = {BODY_SGX: SGX_SIZE, BODY_TD10: TdReport.SIZE, BODY_TD15: TdReport15.SIZE}
+_FIXED_CERTIFICATION: Final = SGX_SIZE + SIGNATURE_SIZE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +54,11 @@ class Header:
     """Quote header, 48 B.
 
     Attributes:
-        version: Quote format; 3 here.
+        version: Quote format: 3, 4 or 5.
         attestation_key_type: 2 is ECDSA on P-256.
-        tee_type: 0 is SGX.
-        qe_svn: Security version of the quoting enclave.
-        pce_svn: Security version of the provisioning certification enclave.
+        tee_type: 0 is SGX, 0x81 is TDX.
+        qe_svn: Security version of the quoting enclave; zero from version 4 on.
+        pce_svn: Security version of the provisioning certification enclave; likewise.
         qe_vendor_id: 16 B UUID of the quoting enclave's vendor.
         user_data: 20 B that the quoting enclave chose.
     """
@@ -54,29 +72,33 @@ class Header:
     user_data: bytes
 
     def __post_init__(self) -> None:
-        _require_size("qe_vendor_id", self.qe_vendor_id, 16)
-        _require_size("user_data", self.user_data, 20)
+        require_size("qe_vendor_id", self.qe_vendor_id, 16)
+        require_size("user_data", self.user_data, 20)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Header:
         """Parse exactly 48 bytes.
 
         Raises:
-            EvidenceError: another length, version, key type or TEE.
+            EvidenceError: another length, version, key type or TEE, or a reserved byte that isn't zero.
         """
-        _require_size("quote header", data, HEADER_SIZE)
+        require_size("quote header", data, HEADER_SIZE)
         header = cls(
-            version=_u16(data, 0),
-            attestation_key_type=_u16(data, 2),
-            tee_type=int.from_bytes(data[4:8], "little"),
-            qe_svn=_u16(data, 8),
-            pce_svn=_u16(data, 10),
+            version=u16(data, 0),
+            attestation_key_type=u16(data, 2),
+            tee_type=u32(data, 4),
+            qe_svn=u16(data, 8),
+            pce_svn=u16(data, 10),
             qe_vendor_id=data[12:28],
             user_data=data[28:48],
         )
-        _require("quote version", header.version, 3)
-        _require("attestation key type", header.attestation_key_type, KEY_TYPE_ECDSA_P256)
-        _require("TEE type", header.tee_type, TEE_SGX)
+        _require("quote version", header.version, _VERSIONS)
+        _require("attestation key type", header.attestation_key_type, (KEY_TYPE_ECDSA_P256,))
+        if header.version < _FIRST_WITH_TDX:
+            _require("TEE type", header.tee_type, (TEE_SGX,))
+        else:
+            _require("TEE type", header.tee_type, _TEE_TYPES)
+            require_zero("the quote header", data, 8, 12)
         return header
 
     def to_bytes(self) -> bytes:
@@ -93,101 +115,8 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SgxReportBody:
-    """Body of an SGX enclave report, 384 B (Intel SDM volume 3D, REPORT structure); the vendor's names."""
-
-    cpu_svn: bytes  # 16
-    misc_select: int  # u32
-    isv_ext_prod_id: bytes  # 16
-    attributes: bytes  # 16: flags 8, XFRM 8
-    mr_enclave: bytes  # 32
-    mr_signer: bytes  # 32
-    config_id: bytes  # 64
-    isv_prod_id: int  # u16
-    isv_svn: int  # u16
-    config_svn: int  # u16
-    isv_family_id: bytes  # 16
-    report_data: bytes  # 64
-
-    def __post_init__(self) -> None:
-        for name, size in _BODY_SIZES:
-            _require_size(name, getattr(self, name), size)
-
-    @property
-    def debug(self) -> bool:
-        """Whether the enclave's memory is open to a debugger (ATTRIBUTES bit 1)."""
-        return bool(self.attributes[0] & 0x02)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> SgxReportBody:
-        """Parse exactly 384 bytes.
-
-        Raises:
-            EvidenceError: another length, or a reserved byte that isn't zero.
-        """
-        _require_size("SGX report", data, SGX_BODY_SIZE)
-        for start, end in _RESERVED:
-            if any(data[start:end]):
-                raise EvidenceError(
-                    "a reserved range of the SGX report is not zero",
-                    claim=f"reserved bytes {start} to {end - 1}",
-                    expected="zero",
-                    actual=data[start:end].hex(),
-                )
-        return cls(
-            cpu_svn=data[0:16],
-            misc_select=int.from_bytes(data[16:20], "little"),
-            isv_ext_prod_id=data[32:48],
-            attributes=data[48:64],
-            mr_enclave=data[64:96],
-            mr_signer=data[128:160],
-            config_id=data[192:256],
-            isv_prod_id=_u16(data, 256),
-            isv_svn=_u16(data, 258),
-            config_svn=_u16(data, 260),
-            isv_family_id=data[304:320],
-            report_data=data[320:384],
-        )
-
-    def to_bytes(self) -> bytes:
-        """The 384 bytes that `from_bytes` reads."""
-        return b"".join(
-            (
-                self.cpu_svn,
-                self.misc_select.to_bytes(4, "little"),
-                bytes(12),
-                self.isv_ext_prod_id,
-                self.attributes,
-                self.mr_enclave,
-                bytes(32),
-                self.mr_signer,
-                bytes(32),
-                self.config_id,
-                self.isv_prod_id.to_bytes(2, "little"),
-                self.isv_svn.to_bytes(2, "little"),
-                self.config_svn.to_bytes(2, "little"),
-                bytes(42),
-                self.isv_family_id,
-                self.report_data,
-            )
-        )
-
-
-_BODY_SIZES: Final = (
-    ("cpu_svn", 16),
-    ("isv_ext_prod_id", 16),
-    ("attributes", 16),
-    ("mr_enclave", 32),
-    ("mr_signer", 32),
-    ("config_id", 64),
-    ("isv_family_id", 16),
-    ("report_data", 64),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class QuoteSignature:
-    """Signature data of a version 3 quote.
+    """Signature data of a quote.
 
     Attributes:
         signature: 64 B over header and body, by the attestation key.
@@ -208,45 +137,46 @@ class QuoteSignature:
     certification_data: bytes
 
     def __post_init__(self) -> None:
-        _require_size("quote signature", self.signature, SIGNATURE_SIZE)
-        _require_size("attestation key", self.attestation_key, KEY_SIZE)
-        _require_size("QE report signature", self.qe_report_signature, SIGNATURE_SIZE)
+        require_size("quote signature", self.signature, SIGNATURE_SIZE)
+        require_size("attestation key", self.attestation_key, KEY_SIZE)
+        require_size("QE report signature", self.qe_report_signature, SIGNATURE_SIZE)
         if len(self.qe_auth_data) > MAX_AUTH_DATA:
-            raise _length_error(
-                "QE authentication data", f"at most {MAX_AUTH_DATA} B", len(self.qe_auth_data)
-            )
+            raise length_error("QE authentication data", f"at most {MAX_AUTH_DATA} B", len(self.qe_auth_data))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> QuoteSignature:
+    def from_bytes(cls, data: bytes, *, nested: bool = False) -> QuoteSignature:
         """Parse signature data that fills ``data``.
 
+        Args:
+            data: All of it.
+            nested: Whether the key's certification is wrapped, as in versions 4 and 5.
+
         Raises:
-            EvidenceError: truncated, overlong, or with trailing bytes.
+            EvidenceError: truncated, overlong, with trailing bytes, or wrapped in another way.
         """
-        if len(data) < _FIXED_SIGNATURE_DATA + 2:
-            raise _length_error("quote signature data", f"at least {_FIXED_SIGNATURE_DATA + 2} B", len(data))
-        auth_end = _FIXED_SIGNATURE_DATA + 2 + _u16(data, _FIXED_SIGNATURE_DATA)
-        if len(data) < auth_end + 6:
-            raise _length_error("quote signature data", f"at least {auth_end + 6} B", len(data))
-        size = int.from_bytes(data[auth_end + 2 : auth_end + 6], "little")
-        if len(data) != auth_end + 6 + size:
-            raise _length_error("certification data", f"{size} B", len(data) - auth_end - 6)
+        start = SIGNATURE_SIZE + KEY_SIZE
+        signature, key, rest = data[:SIGNATURE_SIZE], data[SIGNATURE_SIZE:start], data[start:]
+        if nested:
+            kind, rest = _certification(rest)
+            _require("certification of the attestation key", kind, (CERTIFICATION_QE_REPORT,))
+        if len(rest) < _FIXED_CERTIFICATION + 2:
+            raise length_error("quote signature data", f"at least {_FIXED_CERTIFICATION + 2} B", len(rest))
+        auth_end = _FIXED_CERTIFICATION + 2 + u16(rest, _FIXED_CERTIFICATION)
+        certification_type, certification_data = _certification(rest[auth_end:])
         return cls(
-            signature=data[0:64],
-            attestation_key=data[64:128],
-            qe_report=SgxReportBody.from_bytes(data[128:512]),
-            qe_report_signature=data[512:576],
-            qe_auth_data=data[_FIXED_SIGNATURE_DATA + 2 : auth_end],
-            certification_type=_u16(data, auth_end),
-            certification_data=data[auth_end + 6 :],
+            signature=signature,
+            attestation_key=key,
+            qe_report=SgxReportBody.from_bytes(rest[:SGX_SIZE]),
+            qe_report_signature=rest[SGX_SIZE:_FIXED_CERTIFICATION],
+            qe_auth_data=rest[_FIXED_CERTIFICATION + 2 : auth_end],
+            certification_type=certification_type,
+            certification_data=certification_data,
         )
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, *, nested: bool = False) -> bytes:
         """The bytes that `from_bytes` reads."""
-        return b"".join(
+        certification = b"".join(
             (
-                self.signature,
-                self.attestation_key,
                 self.qe_report.to_bytes(),
                 self.qe_report_signature,
                 len(self.qe_auth_data).to_bytes(2, "little"),
@@ -256,6 +186,10 @@ class QuoteSignature:
                 self.certification_data,
             )
         )
+        if nested:
+            kind = CERTIFICATION_QE_REPORT.to_bytes(2, "little")
+            certification = kind + len(certification).to_bytes(4, "little") + certification
+        return self.signature + self.attestation_key + certification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,14 +197,14 @@ class Quote:
     """A whole quote. ``padding`` counts the zero bytes that follow it in its buffer."""
 
     header: Header
-    body: SgxReportBody
+    body: Body
     signature: QuoteSignature
     padding: int = 0
 
     @property
     def signed_bytes(self) -> bytes:
-        """What the attestation key signed: header and body."""
-        return self.header.to_bytes() + self.body.to_bytes()
+        """What the attestation key signed: header, body descriptor and body."""
+        return signed_bytes(self.header, self.body)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Quote:
@@ -280,38 +214,65 @@ class Quote:
             EvidenceError: any other bytes.
         """
         raw = bytes(data)
-        start = HEADER_SIZE + SGX_BODY_SIZE + 4
-        if not start <= len(raw) <= MAX_QUOTE:
-            raise _length_error("quote", f"{start} to {MAX_QUOTE} B", len(raw))
+        if not HEADER_SIZE + DESCRIPTOR_SIZE <= len(raw) <= MAX_QUOTE:
+            raise length_error("quote", f"{HEADER_SIZE + DESCRIPTOR_SIZE} to {MAX_QUOTE} B", len(raw))
         header = Header.from_bytes(raw[:HEADER_SIZE])
-        body = SgxReportBody.from_bytes(raw[HEADER_SIZE : start - 4])
-        end = start + int.from_bytes(raw[start - 4 : start], "little")
+        kind, at = _body_type(header, raw)
+        start = at + _SIZES[kind] + 4
+        if len(raw) < start:
+            raise length_error("quote", f"at least {start} B", len(raw))
+        body = _body(kind, raw[at : start - 4])
+        end = start + u32(raw, start - 4)
         if len(raw) < end:
-            raise _length_error("quote", f"at least {end} B", len(raw))
+            raise length_error("quote", f"at least {end} B", len(raw))
         if any(raw[end:]):
             raise EvidenceError("the quote is followed by bytes that are not zero", claim="padding")
-        signature = QuoteSignature.from_bytes(raw[start:end])
+        signature = QuoteSignature.from_bytes(raw[start:end], nested=header.version >= _FIRST_WITH_TDX)
         return cls(header=header, body=body, signature=signature, padding=len(raw) - end)
 
     def to_bytes(self) -> bytes:
         """The bytes that `from_bytes` reads."""
-        signature = self.signature.to_bytes()
+        signature = self.signature.to_bytes(nested=self.header.version >= _FIRST_WITH_TDX)
         return self.signed_bytes + len(signature).to_bytes(4, "little") + signature + bytes(self.padding)
 
 
-def _u16(data: bytes, offset: int) -> int:
-    return int.from_bytes(data[offset : offset + 2], "little")
+def signed_bytes(header: Header, body: Body) -> bytes:
+    """What the attestation key signs: header, body descriptor (version 5) and body."""
+    raw = body.to_bytes()
+    descriptor = b""
+    if header.version >= _FIRST_WITH_DESCRIPTOR:
+        kind = {SGX_SIZE: BODY_SGX, TdReport.SIZE: BODY_TD10, TdReport15.SIZE: BODY_TD15}[len(raw)]
+        descriptor = kind.to_bytes(2, "little") + len(raw).to_bytes(4, "little")
+    return header.to_bytes() + descriptor + raw
 
 
-def _require(claim: str, actual: int, expected: int) -> None:
-    if actual != expected:
+def _body_type(header: Header, raw: bytes) -> tuple[int, int]:
+    """What kind of body follows, and where it starts."""
+    if header.version < _FIRST_WITH_DESCRIPTOR:
+        return BODY_SGX if header.tee_type == TEE_SGX else BODY_TD10, HEADER_SIZE
+    kind, size = u16(raw, HEADER_SIZE), u32(raw, HEADER_SIZE + 2)
+    _require("body type", kind, (BODY_SGX,) if header.tee_type == TEE_SGX else (BODY_TD10, BODY_TD15))
+    _require("body size", size, (_SIZES[kind],))
+    return kind, HEADER_SIZE + DESCRIPTOR_SIZE
+
+
+def _body(kind: int, data: bytes) -> Body:
+    if kind == BODY_SGX:
+        return SgxReportBody.from_bytes(data)
+    return TdReport.from_bytes(data) if kind == BODY_TD10 else TdReport15.from_bytes(data)
+
+
+def _certification(data: bytes) -> tuple[int, bytes]:
+    """Certification data that fills ``data``: its type and its content."""
+    if len(data) < 6:
+        raise length_error("certification data", "at least 6 B", len(data))
+    size = u32(data, 2)
+    if len(data) != 6 + size:
+        raise length_error("certification data", f"{size} B", len(data) - 6)
+    return u16(data, 0), data[6:]
+
+
+def _require(claim: str, actual: int, allowed: tuple[int, ...]) -> None:
+    if actual not in allowed:
+        expected = " or ".join(map(str, allowed))
         raise EvidenceError(f"unsupported {claim}", claim=claim, expected=expected, actual=actual)
-
-
-def _require_size(claim: str, data: bytes, size: int) -> None:
-    if len(data) != size:
-        raise _length_error(claim, f"{size} B", len(data))
-
-
-def _length_error(claim: str, expected: str, actual: int) -> EvidenceError:
-    return EvidenceError(f"{claim} has a wrong length", claim=claim, expected=expected, actual=f"{actual} B")

@@ -7,6 +7,7 @@ Intel, "SGX PCK Certificate and Certificate Revocation List Profile Specificatio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cloister.errors import EvidenceError
@@ -51,24 +52,27 @@ class PckExtension:
         Raises:
             EvidenceError: not DER, a field is missing, doubled, of a wrong type or size.
         """
-        if len(data) > MAX_EXTENSION:
-            raise EvidenceError(
-                "the SGX extension is too long", expected=f"at most {MAX_EXTENSION} B", actual=len(data)
-            )
-        fields = _read_fields(_whole(data, _SEQUENCE), _PREFIX)
-        tcb = _read_fields(_field(fields, 2, _SEQUENCE), _PREFIX + b"\x02")
-        components = tuple(_integer(tcb, arc, 0xFF) for arc in range(1, COMPONENTS + 1))
-        instance = _octets(fields, 6, 16) if 6 in fields else b""
-        return cls(
-            ppid=_octets(fields, 1, 16),
-            tcb_components=components,
-            pce_svn=_integer(tcb, _PCE_SVN_ARC, 0xFFFF),
-            cpu_svn=_octets(tcb, _CPU_SVN_ARC, 16),
-            pce_id=_octets(fields, 3, 2),
-            fmspc=_octets(fields, 4, 6),
-            sgx_type=_integer(fields, 5, 2, tag=_ENUMERATED),
-            platform_instance_id=instance,
+        return _parse(data)
+
+
+@lru_cache(maxsize=64)
+def _parse(data: bytes) -> PckExtension:
+    if len(data) > MAX_EXTENSION:
+        raise EvidenceError(
+            "the SGX extension is too long", expected=f"at most {MAX_EXTENSION} B", actual=len(data)
         )
+    fields = _read_fields(_whole(data, _SEQUENCE), _PREFIX)
+    tcb = _read_fields(_field(fields, 2, _SEQUENCE), _PREFIX + b"\x02")
+    return PckExtension(
+        ppid=_octets(fields, 1, 16),
+        tcb_components=tuple(_integer(tcb, arc, 0xFF) for arc in range(1, COMPONENTS + 1)),
+        pce_svn=_integer(tcb, _PCE_SVN_ARC, 0xFFFF),
+        cpu_svn=_octets(tcb, _CPU_SVN_ARC, 16),
+        pce_id=_octets(fields, 3, 2),
+        fmspc=_octets(fields, 4, 6),
+        sgx_type=_integer(fields, 5, 2, tag=_ENUMERATED),
+        platform_instance_id=_octets(fields, 6, 16) if 6 in fields else b"",
+    )
 
 
 def _read(data: bytes, offset: int) -> tuple[int, bytes, int]:

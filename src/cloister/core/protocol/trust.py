@@ -96,8 +96,8 @@ class UserPolicy:
             f"{field.name} = {str(getattr(self.consent, field.name)).lower()}\n" for field in fields(Consent)
         )
         return (
-            f'service = "{self.service.hex()}"\n\n[key_service]\n{self.key_service.to_toml()}'
-            f"\n[worker]\n{self.worker.to_toml()}\n[consent]\n{consent}"
+            f'service = "{self.service.hex()}"\n\n{self.key_service.to_toml("key_service")}'
+            f"\n{self.worker.to_toml('worker')}\n[consent]\n{consent}"
         )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from cloister.core.verifier.chain import time_text
-from cloister.core.verifier.policy import SGX_ATTRIBUTES_MASK, SGX_DEBUG, AppraisalPolicy
+from cloister.core.verifier.claims import CLAIMS, Checks
+from cloister.core.verifier.policy import AllOf, AnyOf, AppraisalPolicy
 from cloister.core.verifier.result import Step, VerifiedEvidence
 from cloister.errors import AppraisalRefused
 
-__all__ = ["SGX_ATTRIBUTES_MASK", "AppraisalPolicy", "AppraisalResult", "appraise"]
+__all__ = ["SGX_ATTRIBUTES_MASK", "AllOf", "AnyOf", "AppraisalPolicy", "AppraisalResult", "appraise"]
+
+SGX_ATTRIBUTES_MASK: Final = bytes.fromhex("ff" * 8 + "00" * 8)  # every flag, no XFRM bit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,100 +66,49 @@ def appraise(verified: VerifiedEvidence, policy: AppraisalPolicy, *, now: int) -
             expected="reference values",
             actual="none",
         )
-    checks = _Checks()
+    checks = Checks()
     checks.equal("simulated", policy.anchors.is_simulated, verified.simulated)
     checks.equal("trust anchors", policy.anchors.digest.hex(), verified.anchors_digest.hex())
-    checks.equal("tee", policy.tee, verified.tee)
-    _appraise_enclave(checks, verified, policy)
-    _appraise_platform(checks, verified, policy)
-    checks.require(
-        "expired", now <= verified.not_after, f"until {time_text(verified.not_after)}", time_text(now)
-    )
-    age = now - verified.collateral_issued
-    checks.require("max age", 0 <= age <= policy.max_age, f"0 to {policy.max_age} s", f"{age} s")
+    steps, not_after = _appraise(verified, policy, now)
     return AppraisalResult(
         evidence=verified,
         policy_digest=policy.digest,
-        not_after=min(verified.not_after, verified.collateral_issued + policy.max_age),
-        steps=tuple(checks.steps),
+        not_after=not_after,
+        steps=(*checks.steps, *steps),
     )
 
 
-def _appraise_enclave(checks: _Checks, verified: VerifiedEvidence, policy: AppraisalPolicy) -> None:
-    found = verified.measurements
-    attributes = _octets(found.get("attributes"), 16)
-    debug = verified.debug or bool(attributes[0] & SGX_DEBUG)
-    checks.equal("debug", False, debug)
-    checks.member("mr_enclave", policy.mr_enclave, _octets(found.get("mr_enclave"), 32))
-    checks.equal("attributes", policy.attributes.hex(), _masked(attributes, policy.attributes_mask).hex())
-    if policy.mr_signer:
-        checks.member("mr_signer", policy.mr_signer, _octets(found.get("mr_signer"), 32))
-    else:
-        checks.note("mr_signer", "any: the measurement identifies the code")
-    checks.equal("isv_prod_id", policy.isv_prod_id, found.get("isv_prod_id"))
-    svn = found.get("isv_svn")
-    checks.require(
-        "isv_svn", type(svn) is int and svn >= policy.min_isv_svn, f"at least {policy.min_isv_svn}", str(svn)
-    )
+def _appraise(verified: VerifiedEvidence, policy: AppraisalPolicy, now: int) -> tuple[list[Step], int]:
+    """The steps that were taken, and when the evidence has to be appraised anew."""
+    if policy.all_of:
+        parts = [_appraise(verified, member, now) for member in policy.all_of]
+        return [step for steps, _ in parts for step in steps], min(until for _, until in parts)
+    if policy.any_of:
+        return _appraise_any(verified, policy.any_of, now)
+    checks = Checks()
+    checks.equal("tee", policy.tee, verified.tee)
+    for claim in CLAIMS[policy.tee]:
+        claim.appraise(checks, policy, verified)
+    until = time_text(verified.not_after)
+    checks.require("expired", now <= verified.not_after, f"until {until}", time_text(now))
+    if verified.collateral_issued is None:  # a claim of the TEE's has said whether that may be
+        return checks.steps, verified.not_after
+    age = now - verified.collateral_issued
+    checks.require("max age", 0 <= age <= policy.max_age, f"0 to {policy.max_age} s", f"{age} s")
+    return checks.steps, min(verified.not_after, verified.collateral_issued + policy.max_age)
 
 
-def _appraise_platform(checks: _Checks, verified: VerifiedEvidence, policy: AppraisalPolicy) -> None:
-    checks.member("tcb status", policy.allowed_tcb, verified.tcb_status)
-    denied = sorted(policy.denied_advisories.intersection(verified.advisories))
-    checks.require("advisories", not denied, "none that is denied", ", ".join(denied) or "none")
-    number = verified.tcb_evaluation_number
-    checks.require(
-        "tcb evaluation",
-        number >= policy.min_tcb_evaluation,
-        f"at least {policy.min_tcb_evaluation}",
-        str(number),
-    )
-    if policy.any_platform:
-        checks.note("platform", f"any: {verified.platform.fmspc.hex()}")
-    else:
-        checks.member("platform", policy.platforms, verified.platform.fmspc)
-
-
-class _Checks:
-    """Comparisons in order: each becomes a step or a refusal."""
-
-    __slots__ = ("steps",)
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-
-    def require(self, claim: str, accepted: bool, expected: object, actual: object) -> None:
-        if not accepted:
-            raise AppraisalRefused(
-                code=f"appraisal.{claim.replace(' ', '-')}",
-                claim=claim,
-                expected=expected,
-                actual=actual,
-            )
-        self.steps.append(Step(name=claim, outcome="ok", detail=str(actual)))
-
-    def equal(self, claim: str, expected: object, actual: object) -> None:
-        self.require(claim, type(expected) is type(actual) and expected == actual, expected, actual)
-
-    def member(self, claim: str, expected: frozenset[Any], actual: bytes | str) -> None:
-        self.require(claim, actual in expected, _listed(expected), _plain(actual))
-
-    def note(self, claim: str, detail: str) -> None:
-        self.steps.append(Step(name=claim, outcome="note", detail=detail))
-
-
-def _octets(value: object, size: int) -> bytes:
-    """A measurement, or bytes that equal none where a verifier for another TEE left it out."""
-    return value if isinstance(value, bytes) and len(value) == size else b"\xff" * (size + 1)
-
-
-def _masked(value: bytes, mask: bytes) -> bytes:
-    return bytes(left & right for left, right in zip(value, mask, strict=False))
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(sorted(_plain(value) for value in values))
-
-
-def _plain(value: bytes | str) -> str:
-    return value.hex() if isinstance(value, bytes) else value
+def _appraise_any(
+    verified: VerifiedEvidence, members: tuple[AppraisalPolicy, ...], now: int
+) -> tuple[list[Step], int]:
+    refusals: list[AppraisalRefused] = []
+    for number, member in enumerate(members, start=1):
+        try:
+            steps, until = _appraise(verified, member, now)
+        except AppraisalRefused as refusal:
+            refusals.append(refusal)
+            continue
+        chosen = Step(name="any of", outcome="ok", detail=f"policy {number} of {len(members)}")
+        return [chosen, *steps], until
+    # The one that speaks of the same TEE tells most.
+    raise next((refusal for refusal in refusals if refusal.claim != "tee"), refusals[0])

@@ -219,9 +219,23 @@ def load_crl(der: bytes, profile: Profile = DCAP) -> RevocationList:
 
 
 def verify_chain(
-    chain: Sequence[Certificate], *, now: int, code: str, what: str, leaf_is_ca: bool = False
+    chain: Sequence[Certificate],
+    *,
+    now: int,
+    code: str,
+    what: str,
+    leaf_is_ca: bool = False,
+    leaf_states_usage: bool = True,
 ) -> None:
     """Check signatures, issuer names, CA bits, key usages and dates, from the leaf to the pinned root.
+
+    Args:
+        chain: Leaf first.
+        now: Unix seconds.
+        code: Of a refusal.
+        what: The chain's name in a refusal.
+        leaf_is_ca: Whether the first certificate is a CA, too.
+        leaf_states_usage: Whether an end entity must say that its key signs; AMD's say nothing.
 
     Raises:
         EvidenceRefused: with ``code``, or ``evidence.expired`` / ``evidence.not-yet-valid`` for a date.
@@ -241,10 +255,14 @@ def verify_chain(
                 code=code,
                 claim=f"{what}: issuer of {subject.common_name}",
                 expected=issuer.common_name,
-                actual=subject.parsed.issuer.rfc4514_string(),
+                actual="another signature"
+                if isinstance(error, InvalidSignature)
+                else subject.parsed.issuer.rfc4514_string(),
             ) from error
     leaf = chain[0]
-    if not leaf_is_ca and (leaf.path_length >= 0 or not _key_usage(leaf).digital_signature):
+    if not leaf_is_ca and (
+        leaf.path_length >= 0 or (leaf_states_usage and not _key_usage(leaf).digital_signature)
+    ):
         raise EvidenceRefused(
             code=code,
             claim=f"{what}: {leaf.common_name}",

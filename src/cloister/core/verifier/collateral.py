@@ -138,9 +138,15 @@ def verify_revocation(chains: Chains, now: int, steps: list[Step]) -> None:
 
 
 def verify_tcb_info(
-    collateral: Collateral, signer: Certificate, platform: PckExtension, now: int, steps: list[Step]
+    collateral: Collateral,
+    signer: Certificate,
+    platform: PckExtension,
+    now: int,
+    steps: list[Step],
+    *,
+    name: str,
 ) -> TcbInfo:
-    """Step 6: TCB info, signed, in force, and about this very platform."""
+    """Step 6: TCB info, signed, in force, with this ``name`` as its id, and about this very platform."""
     code = "evidence.tcb-info"
     require_signature(
         signer.key,
@@ -152,23 +158,23 @@ def verify_tcb_info(
     )
     info = TcbInfo.from_bytes(collateral.tcb_info)
     require_dates("TCB info", info.issued, info.next_update, now=now)
-    require_equal(code, "TCB info id", "SGX", info.id)
+    require_equal(code, "TCB info id", name, info.id)
     require_equal(code, "TCB info version", 3, info.version)
     require_equal(code, "FMSPC", platform.fmspc.hex(), info.fmspc.hex())
     require_equal(code, "PCEID", platform.pce_id.hex(), info.pce_id.hex())
     steps.append(
         passed(
             "6 TCB info",
-            f"of {time_text(info.issued)}, evaluation {info.evaluation_number}, {info.fmspc.hex()}",
+            f"{info.id} of {time_text(info.issued)}, evaluation {info.evaluation_number}, {info.fmspc.hex()}",
         )
     )
     return info
 
 
 def verify_qe_identity(
-    collateral: Collateral, signer: Certificate, now: int, steps: list[Step]
+    collateral: Collateral, signer: Certificate, now: int, steps: list[Step], *, name: str
 ) -> QeIdentity:
-    """Step 7: QE identity, signed and in force."""
+    """Step 7: QE identity, signed, in force, and with this ``name`` as its id."""
     code = "evidence.qe-identity"
     require_signature(
         signer.key,
@@ -180,23 +186,27 @@ def verify_qe_identity(
     )
     identity = QeIdentity.from_bytes(collateral.qe_identity)
     require_dates("QE identity", identity.issued, identity.next_update, now=now)
-    require_equal(code, "QE identity id", "QE", identity.id)
+    require_equal(code, "QE identity id", name, identity.id)
     require_equal(code, "QE identity version", 2, identity.version)
     steps.append(
-        passed("7 QE identity", f"{time_text(identity.issued)}, number {identity.evaluation_number}")
+        passed(
+            "7 QE identity",
+            f"{identity.id} of {time_text(identity.issued)}, evaluation {identity.evaluation_number}",
+        )
     )
     return identity
 
 
 def collateral_marks(chains: Chains, tcb_info: TcbInfo, identity: QeIdentity) -> dict[str, CollateralMark]:
-    """Marks by name; names tell apart what may lawfully differ in age: another PCK CA or family."""
+    """Marks by name; names tell apart what may lawfully differ in age: another PCK CA, family or TEE."""
     issuer = chains.pck[1].fingerprint.hex()[:16]
     family = f"{tcb_info.fmspc.hex()}-{tcb_info.pce_id.hex()}"
+    tdx = "TDX " if tcb_info.modules else ""
     return {
         "root CRL": CollateralMark(issued=chains.root_crl.issued, number=chains.root_crl.number),
         f"PCK CRL {issuer}": CollateralMark(issued=chains.pck_crl.issued, number=chains.pck_crl.number),
-        f"TCB info {family}": CollateralMark(issued=tcb_info.issued, number=tcb_info.evaluation_number),
-        "QE identity": CollateralMark(issued=identity.issued, number=identity.evaluation_number),
+        f"{tdx}TCB info {family}": CollateralMark(issued=tcb_info.issued, number=tcb_info.evaluation_number),
+        f"{tdx}QE identity": CollateralMark(issued=identity.issued, number=identity.evaluation_number),
     }
 
 

@@ -14,11 +14,12 @@ Steps, cited by number below:
 9. The quoting enclave's report matches the QE identity; its ISVSVN gives its status.
 10. The attestation key signed header and body.
 11. TDX: signer and attributes of the TDX module that launched the TD are those that TCB info lists for its
-    major version; its ISVSVN gives its status.
-12. The first TCB level that the platform reaches gives its status (TDX: so does the TD's TEE_TCB_SVN, from
-    index 2 on where the module has a level of its own); the statuses merge. Nothing is revoked.
-13. TDX 1.5: where the launching module is out of date, SGX part and quoting enclave are not, and TEE_TCB_SVN2
-    shows that a current module runs now, the status is that a relaunch of the TD is advised.
+    major version.
+12. The first TCB level that the platform reaches gives its status (TDX: that it reaches with the TD's
+    TEE_TCB_SVN, whose first two bytes, from TDX 1.5 on, give the module's own level instead); the statuses of
+    platform, module and quoting enclave merge. Nothing is revoked.
+13. TDX 1.5: the same with TEE_TCB_SVN2, the module that runs now; where the TD was launched out of date and
+    is not any more, its relaunch is advised.
 """
 
 from __future__ import annotations
@@ -69,19 +70,22 @@ _TEES: Final = {TEE_SGX: "sgx", TEE_TDX: "tdx"}
 _DOCUMENTS: Final = {"sgx": ("SGX", "QE"), "tdx": ("TDX", "TD_QE")}  # ids of TCB info and QE identity
 
 
-def verify(evidence: Evidence, *, anchors: TrustAnchors, now: int) -> VerifiedEvidence:
+def verify(
+    evidence: Evidence, *, anchors: TrustAnchors, now: int, steps: list[Step] | None = None
+) -> VerifiedEvidence:
     """Verify an SGX or TDX quote and its collateral.
 
     Args:
         evidence: The quote with stapled collateral.
         anchors: What to believe; decides whether the result is simulated.
         now: Unix seconds.
+        steps: Gets every check as it is passed, so that a refusal shows how far it came.
 
     Raises:
         EvidenceError: something does not parse.
         EvidenceRefused: a check failed; ``code``, ``claim``, ``expected`` and ``actual`` say which.
     """
-    steps: list[Step] = []
+    steps = [] if steps is None else steps
     quote = Quote.from_bytes(evidence.quote)
     _require_quote(quote, evidence, steps)
     collateral = cast(Collateral, evidence.collateral)  # a quote comes with no other

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from cloister.errors import EvidenceError
 
-STATUSES: Final = frozenset(
+# What Intel's documents say of a platform's level, and of an enclave or a TDX module.
+LEVEL_STATUSES: Final = frozenset(
     {
         "UpToDate",
         "SWHardeningNeeded",
@@ -21,6 +22,9 @@ STATUSES: Final = frozenset(
         "Revoked",
     }
 )
+MODULE_STATUSES: Final = frozenset({"UpToDate", "OutOfDate", "Revoked"})
+# What verification can find: the last two say that an updated platform runs a TD that an older one launched.
+STATUSES: Final = LEVEL_STATUSES | {"TDRelaunchAdvised", "TDRelaunchAdvisedConfigurationNeeded"}
 MAX_LEVELS: Final = 256
 MAX_ADVISORIES: Final = 512
 
@@ -54,6 +58,10 @@ class Document:
             ) from error
         return cls(value, name)
 
+    def has(self, field: str) -> bool:
+        """Whether there is such a field."""
+        return field in self._fields
+
     def text(self, field: str) -> str:
         """A string."""
         return str(self._typed(field, str))
@@ -82,16 +90,16 @@ class Document:
             pass
         raise _wrong(f"{self._name}: {field}", "YYYY-MM-DDThh:mm:ssZ", value)
 
-    def status(self, field: str) -> str:
+    def status(self, field: str, allowed: frozenset[str] = LEVEL_STATUSES) -> str:
         """A TCB status that Intel defines."""
         value = self.text(field)
-        if value not in STATUSES:
+        if value not in allowed:
             raise _wrong(f"{self._name}: {field}", "a TCB status", value)
         return value
 
     def advisories(self, field: str) -> tuple[str, ...]:
         """Advisory names; an absent field means none, as Intel's documents leave it out then."""
-        if field not in self._fields:
+        if not self.has(field):
             return ()
         values = self._typed(field, list)
         if len(values) > MAX_ADVISORIES:
@@ -110,7 +118,8 @@ class Document:
         values = self._typed(field, list)
         if not least <= len(values) <= most:
             raise _wrong(f"{self._name}: {field}", f"{least} to {most} entries", len(values))
-        return tuple(Document(value, f"{self._name}: {field}") for value in values)
+        name = f"{self._name}: {field}"
+        return tuple(Document(value, name) for value in values)
 
     def _typed(self, field: str, kind: type) -> Any:
         value = self._fields.get(field)

@@ -1,78 +1,166 @@
 """The appraisal policy: reference values and limits that verified evidence must meet (RFC 9334).
 
-People write it in TOML; peers exchange it as deterministic CBOR, whose digest names it.
+People write it in TOML; peers exchange it as deterministic CBOR, whose digest names it. A policy speaks of
+one TEE, or joins others: ``any_of`` admits what one of them admits, ``all_of`` what all of them admit.
 """
 
 from __future__ import annotations
 
-import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Final
 
 from cloister.core import encoding
-from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS, TrustAnchors, split_certificates
-from cloister.core.verifier.chain import read_pem, to_pem
-from cloister.core.verifier.documents import STATUSES
+from cloister.core.verifier.anchors import TrustAnchors
+from cloister.core.verifier.claims import CLAIMS
+from cloister.core.verifier.forms import FORMS, invalid
 from cloister.core.verifier.subset import require_subset
-from cloister.errors import EvidenceError, UsageError
+from cloister.errors import UsageError
 
-MAX_POLICY: Final = 64 << 10  # characters of TOML, bytes of CBOR
-MAX_VALUES: Final = 256  # entries of one set
+MAX_POLICY: Final = 64 << 10  # characters of TOML
+MAX_MEMBERS: Final = 16  # policies that one joins
+MAX_DEPTH: Final = 3  # of policies that join others
 DEFAULT_MAX_AGE: Final = 31 * 86400  # seconds; Intel's collateral is in force for 30 days
 
-SGX_DEBUG: Final = 0x02  # bit 1 of the first byte of ATTRIBUTES
-SGX_ATTRIBUTES_MASK: Final = bytes.fromhex("ff" * 8 + "00" * 8)  # every flag, no XFRM bit
-
 _KIND: Final = "cloister/v1/appraisal-policy"
-_HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2})+", re.ASCII)
-_ADVISORY: Final = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
-_U16: Final = 0xFFFF
-_U32: Final = 0xFFFFFFFF
+_COMMON: Final = ("max_age", "dangerous_simulated_roots")
+_JOINS: Final = ("any_of", "all_of")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppraisalPolicy:
     """What evidence must say to be accepted; ``AppraisalPolicy()`` is empty and refuses everything.
 
+    Every set of values lists what is accepted; where an optional one is empty, any value is. Bit fields are
+    compared where their mask has a bit. A field of another TEE must keep its default.
+
     Attributes:
-        tee: ``"sgx"``.
-        mr_enclave: Accepted measurements, 32 B each; at least one.
-        attributes: 16 B that ATTRIBUTES must equal where ``attributes_mask`` has a bit; never DEBUG.
-        attributes_mask: 16 B; covers DEBUG.
-        mr_signer: Accepted signers, 32 B each; empty: ``mr_enclave`` alone identifies the code.
-        isv_prod_id: The product id, exactly.
-        min_isv_svn: Least security version of the enclave.
-        allowed_tcb: Accepted TCB statuses; at least one, never ``"Revoked"``.
-        denied_advisories: Advisories that must not apply.
-        min_tcb_evaluation: Least TCB evaluation data number.
-        platforms: Accepted platform families (FMSPC, 6 B each); none where ``any_platform`` is set.
-        any_platform: Accept every platform family.
-        max_age: Oldest accepted TCB info, QE identity or PCK CRL, in seconds.
-        dangerous_simulated_roots: A simulated platform's roots (see `TrustAnchors.simulated`), then the only
-            ones accepted.
-            ``None``, the strict value, accepts the vendors' roots only.
+        tee: ``"sgx"``, ``"tdx"``, ``"snp"`` or ``"nitro"``; empty where ``any_of`` or ``all_of`` is set.
+        any_of: One of these policies must accept; 2 to 16.
+        all_of: All of these policies must accept; 2 to 16.
+        max_age: Oldest accepted TCB info, QE identity or revocation list, or Nitro document, in seconds.
+        dangerous_simulated_roots: A simulated platform's roots (`TrustAnchors.simulated`), then the only ones
+            accepted. ``None``, the strict value, accepts the vendors' roots only.
+        allowed_tcb: SGX, TDX: TCB statuses; at least one, never ``"Revoked"``.
+        denied_advisories: SGX, TDX: advisories that must not apply.
+        min_tcb_evaluation: SGX, TDX: least TCB evaluation data number.
+        platforms: SGX, TDX: platform families (FMSPC, 6 B each); none where ``any_platform`` is set.
+        any_platform: Accept every platform family (SGX, TDX) or product (SNP).
+        mr_enclave: SGX: measurements, 32 B each; at least one.
+        attributes: SGX: ATTRIBUTES, 16 B; never DEBUG.
+        attributes_mask: SGX: 16 B; covers DEBUG.
+        mr_signer: SGX: signers, 32 B each; optional, as ``mr_enclave`` identifies the code.
+        isv_prod_id: SGX: the product id, exactly.
+        min_isv_svn: SGX: least security version of the enclave.
+        mr_td: TDX: MRTD, 48 B each; at least one.
+        rtmr0: TDX: first runtime measurement register, 48 B each; at least one.
+        rtmr1: TDX: the second one.
+        rtmr2: TDX: the third one.
+        rtmr3: TDX: the fourth one.
+        mr_config_id: TDX: MRCONFIGID, 48 B each; at least one.
+        mr_owner: TDX: MROWNER, 48 B each; optional.
+        mr_owner_config: TDX: MROWNERCONFIG, 48 B each; optional.
+        mr_seam: TDX: TDX modules, 48 B each; optional, as Intel's TCB info decides about them.
+        mr_service_td: TDX: service TDs that may be bound, 48 B each; none by default.
+        td_attributes: TDX: TDATTRIBUTES, 8 B; never DEBUG. SEPT_VE_DISABLE is demanded in any case.
+        td_attributes_mask: TDX: 8 B; covers DEBUG.
+        xfam: TDX: XFAM, 8 B.
+        xfam_mask: TDX: 8 B; zero by default, as XFAM depends on the processor.
+        min_tee_tcb_svn: TDX: least TEE_TCB_SVN, 16 B; zero by default, as Intel's TCB info decides.
+        measurement: SNP: launch measurements, 48 B each; at least one.
+        guest_policy: SNP: POLICY; never DEBUG (bit 19) or MIGRATE_MA (bit 18).
+        guest_policy_mask: SNP: covers both.
+        platform_info: SNP: PLATFORM_INFO.
+        platform_info_mask: SNP: zero by default.
+        max_vmpl: SNP: highest privilege level number, 0 (most privileged) by default.
+        min_guest_svn: SNP: least security version of the guest.
+        host_data: SNP: HOST_DATA, 32 B each; optional.
+        family_id: SNP: 16 B each; optional.
+        image_id: SNP: 16 B each; optional.
+        id_key_digest: SNP: 48 B each; optional.
+        author_key_digest: SNP: 48 B each; optional.
+        products: SNP: ``"Milan"``, ``"Genoa"``, ``"Turin"``; none where ``any_platform`` is set.
+        chip_ids: SNP: processors, 64 B each; optional.
+        min_bootloader: SNP: least security version of this part of the reported TCB.
+        min_tee: SNP: likewise.
+        min_snp: SNP: likewise.
+        min_microcode: SNP: likewise.
+        min_fmc: SNP: likewise; Turin alone has it, and elsewhere it counts as 0.
+        any_tcb: SNP: accept every TCB; otherwise at least one part has a minimum.
+        allow_vlek: SNP: accept reports signed by a cloud provider's VLEK.
+        allow_missing_crl: SNP: accept evidence without AMD's revocation list.
+        pcr0: Nitro: the enclave image, 48 B each; at least one.
+        pcr1: Nitro: kernel and bootstrap, 48 B each; at least one.
+        pcr2: Nitro: application, 48 B each; at least one.
+        pcr3: Nitro: role of the parent instance, 48 B each; optional.
+        pcr4: Nitro: id of the parent instance, 48 B each; optional.
+        pcr8: Nitro: signer of the image, 48 B each; optional.
 
     Raises:
         UsageError: code ``policy.<field>``, for a value that is missing, malformed or contradictory.
     """
 
     tee: str = ""
+    any_of: tuple[AppraisalPolicy, ...] = ()
+    all_of: tuple[AppraisalPolicy, ...] = ()
+    max_age: int = DEFAULT_MAX_AGE
+    dangerous_simulated_roots: bytes | None = None
+    allowed_tcb: frozenset[str] = frozenset()
+    denied_advisories: frozenset[str] = frozenset()
+    min_tcb_evaluation: int = 0
+    platforms: frozenset[bytes] = frozenset()
+    any_platform: bool = False
     mr_enclave: frozenset[bytes] = frozenset()
     attributes: bytes = b""
     attributes_mask: bytes = b""
     mr_signer: frozenset[bytes] = frozenset()
     isv_prod_id: int = 0
     min_isv_svn: int = 0
-    allowed_tcb: frozenset[str] = frozenset()
-    denied_advisories: frozenset[str] = frozenset()
-    min_tcb_evaluation: int = 0
-    platforms: frozenset[bytes] = frozenset()
-    any_platform: bool = False
-    max_age: int = DEFAULT_MAX_AGE
-    dangerous_simulated_roots: bytes | None = None
+    mr_td: frozenset[bytes] = frozenset()
+    rtmr0: frozenset[bytes] = frozenset()
+    rtmr1: frozenset[bytes] = frozenset()
+    rtmr2: frozenset[bytes] = frozenset()
+    rtmr3: frozenset[bytes] = frozenset()
+    mr_config_id: frozenset[bytes] = frozenset()
+    mr_owner: frozenset[bytes] = frozenset()
+    mr_owner_config: frozenset[bytes] = frozenset()
+    mr_seam: frozenset[bytes] = frozenset()
+    mr_service_td: frozenset[bytes] = frozenset()
+    td_attributes: bytes = b""
+    td_attributes_mask: bytes = b""
+    xfam: bytes = bytes(8)
+    xfam_mask: bytes = bytes(8)
+    min_tee_tcb_svn: bytes = bytes(16)
+    measurement: frozenset[bytes] = frozenset()
+    guest_policy: int = 0
+    guest_policy_mask: int = 0
+    platform_info: int = 0
+    platform_info_mask: int = 0
+    max_vmpl: int = 0
+    min_guest_svn: int = 0
+    host_data: frozenset[bytes] = frozenset()
+    family_id: frozenset[bytes] = frozenset()
+    image_id: frozenset[bytes] = frozenset()
+    id_key_digest: frozenset[bytes] = frozenset()
+    author_key_digest: frozenset[bytes] = frozenset()
+    products: frozenset[str] = frozenset()
+    chip_ids: frozenset[bytes] = frozenset()
+    min_bootloader: int = 0
+    min_tee: int = 0
+    min_snp: int = 0
+    min_microcode: int = 0
+    min_fmc: int = 0
+    any_tcb: bool = False
+    allow_vlek: bool = False
+    allow_missing_crl: bool = False
+    pcr0: frozenset[bytes] = frozenset()
+    pcr1: frozenset[bytes] = frozenset()
+    pcr2: frozenset[bytes] = frozenset()
+    pcr3: frozenset[bytes] = frozenset()
+    pcr4: frozenset[bytes] = frozenset()
+    pcr8: frozenset[bytes] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.is_empty:
@@ -84,8 +172,15 @@ class AppraisalPolicy:
         return all(getattr(self, field.name) == field.default for field in fields(self))
 
     @property
+    def members(self) -> tuple[AppraisalPolicy, ...]:
+        """The policies that this one joins; none where it speaks of one TEE itself."""
+        return self.any_of or self.all_of
+
+    @property
     def anchors(self) -> TrustAnchors:
-        """What evidence must be verified under: the vendors' roots or the one simulated root."""
+        """What evidence must be verified under: the vendors' roots or one simulated platform's."""
+        if self.members:
+            return self.members[0].anchors
         if self.dangerous_simulated_roots is None:
             return TrustAnchors.vendor()
         return TrustAnchors.simulated(self.dangerous_simulated_roots)
@@ -104,18 +199,18 @@ class AppraisalPolicy:
         require_subset(self, narrower)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data for `cloister.core.encoding`: every field, sets as sorted lists.
+        """Plain data for `cloister.core.encoding`: every field of its TEE, sets as sorted lists.
 
         Raises:
             UsageError: the policy is empty.
         """
         if self.is_empty:
             raise _empty()
-        data: dict[str, Any] = {"kind": _KIND}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            data[field.name] = sorted(value) if isinstance(value, frozenset) else value
-        return data
+        for join in _JOINS:
+            if joined := getattr(self, join):
+                return {"kind": _KIND, join: [member.to_data() for member in joined]}
+        data: dict[str, Any] = {"kind": _KIND, "tee": self.tee}
+        return data | {name: FORMS[name].plain(getattr(self, name)) for name in _fields_of(self.tee)}
 
     @classmethod
     def from_data(cls, data: Any) -> AppraisalPolicy:
@@ -124,25 +219,30 @@ class AppraisalPolicy:
         Raises:
             UsageError: any other data.
         """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names | {"kind"} or data["kind"] != _KIND:
-            raise UsageError("this is no appraisal policy", code="policy.format", expected=_KIND)
-        values: dict[str, Any] = {}
-        for name in names:
-            value = data[name]
-            if name in _SETS:
-                value = _set(name, value)
-                if sorted(value) != data[name]:
-                    raise _invalid(name, "sorted", "another order")
-            values[name] = value
-        policy = cls(**values)
-        if policy.is_empty:
-            raise _empty()
-        return policy
+        return cls._from_data(data, MAX_DEPTH)
+
+    @classmethod
+    def _from_data(cls, data: Any, depth: int) -> AppraisalPolicy:
+        if not isinstance(data, dict) or data.get("kind") != _KIND:
+            raise _no_policy()
+        for join in _JOINS:
+            if data.keys() == {"kind", join}:
+                members = _joined(data[join], join, depth)
+                joined: dict[str, Any] = {join: tuple(cls._from_data(each, depth - 1) for each in members)}
+                return cls(**joined)
+        tee: Any = data.get("tee")
+        names = _fields_of(tee) if type(tee) is str else ()
+        if not names or data.keys() != {"kind", "tee", *names}:
+            raise _no_policy()
+        values = {name: FORMS[name].read(name, data[name]) for name in names}
+        for name, value in values.items():
+            if isinstance(value, frozenset) and FORMS[name].plain(value) != data[name]:
+                raise invalid(name, "sorted", "another order")
+        return cls(tee=tee, **values)
 
     @classmethod
     def from_toml(cls, text: str) -> AppraisalPolicy:
-        """Read a policy file: bytes in hex, the simulated root in PEM.
+        """Read a policy file: bytes in hex, simulated roots in PEM.
 
         Raises:
             UsageError: not TOML, an unknown key, a wrong type, a missing or contradictory value, or empty.
@@ -164,49 +264,70 @@ class AppraisalPolicy:
         Raises:
             UsageError: an unknown key, a wrong type, a missing or contradictory value, or empty.
         """
+        return cls._from_table(table, MAX_DEPTH)
+
+    @classmethod
+    def _from_table(cls, table: Mapping[str, Any], depth: int) -> AppraisalPolicy:
         if not table:
             raise _empty()
-        known = {field.name for field in fields(cls)}
-        for name in table:
+        tee = table.get("tee")
+        known = ("tee", *_JOINS, *(_fields_of(tee) if type(tee) is str and tee in CLAIMS else FORMS))
+        values: dict[str, Any] = {}
+        for name, value in table.items():
             if name not in known:
                 raise UsageError(
                     "unknown key in the policy",
                     code="policy.unknown-key",
+                    claim=name[:64],
                     expected=sorted(known),
                     actual=name[:64],
                 )
-        policy = cls(**{name: _from_text(name, value) for name, value in table.items()})
+            if name in _JOINS:
+                members = [each if isinstance(each, dict) else {} for each in _joined(value, name, depth)]
+                values[name] = tuple(cls._from_table(each, depth - 1) for each in members)
+            else:
+                values[name] = value if name == "tee" else FORMS[name].read(name, value)
+        policy = cls(**values)
         if policy.is_empty:
             raise _empty()
         return policy
 
-    def to_toml(self) -> str:
-        """The form that `from_toml` reads, with every field that has a value.
+    def to_toml(self, section: str = "") -> str:
+        """The form that `from_toml` reads, with every field of its TEE that has a value.
+
+        Args:
+            section: Name of the table that it is, in a larger file; its header is then the first line.
 
         Raises:
             UsageError: the policy is empty.
         """
         if self.is_empty:
             raise _empty()
-        lines = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and field.name != "dangerous_simulated_roots":
-                lines.append(f"{field.name} = {_to_text(value)}")
-        if self.dangerous_simulated_roots is not None:
-            pem = "".join(map(to_pem, split_certificates(self.dangerous_simulated_roots)))
-            lines.append(f'dangerous_simulated_roots = """\n{pem}"""')
-        return "\n".join(lines) + "\n"
+        head = f"[{section}]\n" if section else ""
+        return head + "\n".join(self._lines(section)) + "\n"
+
+    def _lines(self, section: str) -> Iterator[str]:
+        for join in _JOINS:
+            name = f"{section}.{join}" if section else join
+            for member in getattr(self, join):
+                yield f"[[{name}]]"
+                yield from member._lines(name)
+        if self.tee:
+            yield f'tee = "{self.tee}"'
+            for name in _fields_of(self.tee):
+                value = getattr(self, name)
+                if value is not None:
+                    yield f"{name} = {FORMS[name].text(value)}"
 
 
-_BYTE_SETS: Final = {"mr_enclave": 32, "mr_signer": 32, "platforms": 6}
-_SETS: Final = frozenset({*_BYTE_SETS, "allowed_tcb", "denied_advisories"})
-_INTEGERS: Final = {
-    "isv_prod_id": (0, _U16),
-    "min_isv_svn": (0, _U16),
-    "min_tcb_evaluation": (0, _U32),
-    "max_age": (1, 366 * 86400),
-}
+def AnyOf(*policies: AppraisalPolicy) -> AppraisalPolicy:  # noqa: N802  # reads as the type that it makes
+    """A policy that accepts what one of these accepts."""
+    return AppraisalPolicy(any_of=policies)
+
+
+def AllOf(*policies: AppraisalPolicy) -> AppraisalPolicy:  # noqa: N802  # reads as the type that it makes
+    """A policy that accepts what all of these accept."""
+    return AppraisalPolicy(all_of=policies)
 
 
 @lru_cache(maxsize=64)
@@ -214,118 +335,52 @@ def _digest(policy: AppraisalPolicy) -> bytes:
     return encoding.digest(policy.to_data())
 
 
+@lru_cache(maxsize=8)
+def _fields_of(tee: str) -> tuple[str, ...]:
+    """The fields that a policy for this TEE has, besides ``tee``; none for an unknown TEE."""
+    claimed = [name for claim in CLAIMS.get(tee, ()) for name in claim.fields]
+    return (*claimed, *_COMMON) if claimed else ()
+
+
 def _check(policy: AppraisalPolicy) -> None:
-    if policy.tee != "sgx":
-        raise _invalid("tee", "sgx", repr(policy.tee)[:40])
-    for name, (least, most) in _INTEGERS.items():
-        number = getattr(policy, name)
-        if type(number) is not int or not least <= number <= most:
-            raise _invalid(name, f"{least} to {most}", repr(number)[:40])
-    if type(policy.any_platform) is not bool:
-        raise _invalid("any_platform", "true or false", repr(policy.any_platform)[:40])
-    _check_sets(policy)
-    _check_attributes(policy)
-    if policy.any_platform == bool(policy.platforms):
-        raise _invalid("platforms", "platforms, or any_platform = true, not both", len(policy.platforms))
-    if policy.dangerous_simulated_roots is not None:
-        if type(policy.dangerous_simulated_roots) is not bytes:
-            raise _invalid("dangerous_simulated_roots", "DER bytes", "another type")
-        TrustAnchors.simulated(policy.dangerous_simulated_roots)
+    stated = [field.name for field in fields(policy) if getattr(policy, field.name) != field.default]
+    if policy.members:
+        _check_joined(policy, stated)
+        return
+    if policy.tee not in CLAIMS:
+        raise invalid("tee", ", ".join(CLAIMS), repr(policy.tee)[:40])
+    names = _fields_of(policy.tee)
+    for name in stated:
+        if name != "tee" and name not in names:
+            raise invalid(name, f"no such field in a policy for {policy.tee}", "stated")
+    for name in names:
+        FORMS[name].check(name, getattr(policy, name))
+    for claim in CLAIMS[policy.tee]:
+        claim.check(policy)
 
 
-def _check_sets(policy: AppraisalPolicy) -> None:
-    for name in sorted(_SETS):
-        values = getattr(policy, name)
-        if type(values) is not frozenset or len(values) > MAX_VALUES:
-            raise _invalid(name, f"a set of at most {MAX_VALUES}", type(values).__name__)
-        size = _BYTE_SETS.get(name)
-        for value in values:
-            if size is not None and (type(value) is not bytes or len(value) != size):
-                raise _invalid(name, f"{size} B each", repr(value)[:80])
-    for status in policy.allowed_tcb:
-        if status not in STATUSES or status == "Revoked":
-            raise _invalid("allowed_tcb", sorted(STATUSES - {"Revoked"}), repr(status)[:80])
-    for advisory in policy.denied_advisories:
-        if type(advisory) is not str or not _ADVISORY.fullmatch(advisory):
-            raise _invalid("denied_advisories", "advisory names", repr(advisory)[:80])
-    for name in ("mr_enclave", "allowed_tcb"):
-        if not getattr(policy, name):
-            raise _invalid(name, "at least one", "none")
+def _check_joined(policy: AppraisalPolicy, stated: list[str]) -> None:
+    if len(stated) != 1:
+        raise invalid(stated[0], "nothing else beside any_of or all_of", ", ".join(stated[1:]))
+    name, members = stated[0], policy.members
+    if (
+        type(members) is not tuple
+        or not 2 <= len(members) <= MAX_MEMBERS
+        or any(type(member) is not AppraisalPolicy or member.is_empty for member in members)
+    ):
+        raise invalid(name, f"2 to {MAX_MEMBERS} policies, none empty", len(members))
+    if any(member.anchors != policy.anchors for member in members):
+        raise invalid(name, "policies under the same trust anchors", "others")
 
 
-def _check_attributes(policy: AppraisalPolicy) -> None:
-    for name in ("attributes", "attributes_mask"):
-        value = getattr(policy, name)
-        if type(value) is not bytes or len(value) != 16:
-            raise _invalid(name, "16 B", repr(value)[:80])
-    if not policy.attributes_mask[0] & SGX_DEBUG:
-        raise _invalid("attributes_mask", "a mask that covers DEBUG (bit 1)", policy.attributes_mask.hex())
-    if policy.attributes[0] & SGX_DEBUG:
-        raise _invalid("attributes", "no DEBUG (bit 1)", policy.attributes.hex())
-    if any(value & ~mask for value, mask in zip(policy.attributes, policy.attributes_mask, strict=True)):
-        raise _invalid("attributes", "only bits of attributes_mask", policy.attributes.hex())
-
-
-def _set(name: str, value: Any) -> frozenset[Any]:
-    if type(value) is not list or len(value) > MAX_VALUES:
-        raise _invalid(name, f"a list of at most {MAX_VALUES}", type(value).__name__)
-    kind = bytes if name in _BYTE_SETS else str
-    if any(type(entry) is not kind for entry in value):
-        raise _invalid(name, f"a list of {kind.__name__}", "another type")
-    values = frozenset(value)
-    if len(values) != len(value):
-        raise _invalid(name, "each value once", "a value occurs twice")
-    return values
-
-
-def _from_text(name: str, value: Any) -> Any:
-    """One TOML value as the field's own type; what is left to check, the constructor checks."""
-    if name == "dangerous_simulated_roots":
-        return _roots(value)
-    if name in _BYTE_SETS:
-        if type(value) is not list or len(value) > MAX_VALUES:
-            raise _invalid(name, f"a list of at most {MAX_VALUES}", type(value).__name__)
-        return _set(name, [_octets(name, entry) for entry in value])
-    if name in _SETS:
-        return _set(name, value)
-    if name in ("attributes", "attributes_mask"):
-        return _octets(name, value)
+def _joined(value: Any, name: str, depth: int) -> list[Any]:
+    if type(value) is not list or not 2 <= len(value) <= MAX_MEMBERS or depth == 0:
+        raise invalid(name, f"2 to {MAX_MEMBERS} policies, {MAX_DEPTH} deep at most", type(value).__name__)
     return value
 
 
-def _octets(name: str, value: Any) -> bytes:
-    if type(value) is not str or not _HEX.fullmatch(value):
-        raise _invalid(name, "hex", repr(value)[:80])
-    return bytes.fromhex(value)
-
-
-def _roots(value: Any) -> bytes:
-    try:
-        return b"".join(read_pem(value.encode(), most=MAX_SIMULATED_ROOTS))
-    except (EvidenceError, UnicodeError, AttributeError) as error:
-        raise _invalid(
-            "dangerous_simulated_roots", f"1 to {MAX_SIMULATED_ROOTS} certificates in PEM", "other text"
-        ) from error
-
-
-def _to_text(value: Any) -> str:
-    if type(value) is bool:
-        return "true" if value else "false"
-    if isinstance(value, frozenset):
-        return "[" + ", ".join(_to_text(entry) for entry in sorted(value)) + "]"
-    if isinstance(value, bytes):
-        return f'"{value.hex()}"'
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def _invalid(name: str, expected: object, actual: object) -> UsageError:
-    return UsageError(
-        f"{name} of the appraisal policy is invalid",
-        code=f"policy.{name}",
-        claim=name,
-        expected=expected,
-        actual=actual,
-    )
+def _no_policy() -> UsageError:
+    return UsageError("this is no appraisal policy", code="policy.format", expected=_KIND)
 
 
 def _empty() -> UsageError:

@@ -1,4 +1,4 @@
-"""QE identity (Intel PCS v4, format 2): which quoting enclaves may sign, and at which versions."""
+"""QE and TD_QE identity (Intel PCS v4, format 2): which quoting enclaves may sign, and at which versions."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from cloister.core.evidence.dcap import SgxReportBody
-from cloister.core.verifier.documents import MAX_LEVELS, Document
+from cloister.core.evidence.sgx import SgxReportBody
+from cloister.core.verifier.documents import LEVEL_STATUSES, MAX_LEVELS, Document
+from cloister.core.verifier.tcb import IsvLevel
 from cloister.errors import EvidenceRefused
 
 _U16: Final = 0xFFFF
 _U32: Final = 0xFFFFFFFF
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QeLevel:
-    """From ISVSVN ``isv_svn`` on, the quoting enclave has this status."""
-
-    isv_svn: int
-    status: str
-    date: int
-    advisories: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +30,7 @@ class QeIdentity:
     attributes_mask: bytes
     mr_signer: bytes
     isv_prod_id: int
-    levels: tuple[QeLevel, ...]
+    levels: tuple[IsvLevel, ...]
 
     @classmethod
     def from_bytes(cls, text: bytes) -> QeIdentity:
@@ -50,7 +41,7 @@ class QeIdentity:
         """
         return _parse(text)
 
-    def appraise(self, report: SgxReportBody) -> QeLevel:
+    def appraise(self, report: SgxReportBody) -> IsvLevel:
         """Compare a quoting enclave's report with these values and select its level.
 
         Raises:
@@ -82,16 +73,10 @@ def _parse(text: bytes) -> QeIdentity:
         attributes_mask=document.octets("attributesMask", 16),
         mr_signer=document.octets("mrsigner", 32),
         isv_prod_id=document.integer("isvprodid", _U16),
-        levels=tuple(_level(entry) for entry in document.objects("tcbLevels", least=1, most=MAX_LEVELS)),
-    )
-
-
-def _level(entry: Document) -> QeLevel:
-    return QeLevel(
-        isv_svn=entry.object("tcb").integer("isvsvn", _U16),
-        status=entry.status("tcbStatus"),
-        date=entry.time("tcbDate"),
-        advisories=entry.advisories("advisoryIDs"),
+        levels=tuple(
+            IsvLevel.from_document(entry, most=_U16, statuses=LEVEL_STATUSES)
+            for entry in document.objects("tcbLevels", least=1, most=MAX_LEVELS)
+        ),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
+from cloister.core import encoding
 from cloister.core.verifier.chain import time_text
 from cloister.errors import EvidenceRefused
 
@@ -169,6 +170,15 @@ class VerifiedEvidence:
     not_after: int
     steps: tuple[Step, ...]
 
+    @property
+    def measurement(self) -> bytes:
+        """What runs there, in 32 B: MRENCLAVE for SGX, else a digest of all registers that measure the code."""
+        names = _MEASURING[self.tee]
+        found = [self.measurements[name] for name in names]
+        if self.tee == "sgx" and isinstance(found[0], bytes):
+            return found[0]
+        return encoding.digest(["cloister/v1/measurement", self.tee, found])
+
     def to_dict(self) -> dict[str, Any]:
         """The form that ``--json`` prints: bytes in hex, times in unix seconds."""
         return {
@@ -198,6 +208,16 @@ class VerifiedEvidence:
         found += [f"  {name} = {_plain(value)}" for name, value in self.measurements.items()]
         found.append(f"  valid until {time_text(self.not_after)}")
         return found
+
+
+_MEASURING: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "sgx": ("mr_enclave",),
+        "tdx": ("mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "mr_config_id"),
+        "snp": ("measurement",),
+        "nitro": ("pcr0", "pcr1", "pcr2"),
+    }
+)
 
 
 class CollateralMemory:

@@ -25,7 +25,7 @@ from cloister.enclave.keyservice.state import State
 from cloister.errors import BindingRefused
 
 RECENT: Final = 60.0  # seconds after its end that a worker may name a document
-CURRENT: Final = 5.0  # seconds after its end that a document still counts as served: caches and networks lag
+CURRENT: Final = 1.0  # seconds after its end that a document still counts as served: caches and networks lag
 MAX_RECENT: Final = 4096  # documents
 
 

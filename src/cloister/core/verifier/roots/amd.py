@@ -1,7 +1,7 @@
 """AMD root keys (ARK), the anchors of SEV-SNP reports: one for each product.
 
-Published by AMD's key distribution service under ``/vcek/v1/{Milan,Genoa,Turin}/cert_chain``; taken from the copies
-in google/go-sev-guest (commit af1c107a, ``verify/trust``).
+Published by AMD's key distribution service under ``/vcek/v1/{product}/cert_chain``; taken from the copies in
+google/go-sev-guest (commit af1c107a, ``verify/trust``).
 """
 
 from __future__ import annotations
