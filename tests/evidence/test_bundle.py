@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloister.core import encoding
-from cloister.core.evidence import AmdCollateral, Collateral, Evidence
+from cloister.core.evidence import Collateral, Evidence
 from cloister.core.evidence.bundle import MAX_COLLATERAL_PART, AmdCollateral
 from cloister.errors import EvidenceError
 

@@ -43,7 +43,7 @@ def test_create_twice(tmp_path):
     with pytest.raises(UsageError) as caught:
         SimulatedAuthority.create(tmp_path, now=NOW)
     assert caught.value.code == "sim.authority"
-    assert SimulatedAuthority.open(tmp_path).roots_der == first.root_der
+    assert SimulatedAuthority.open(tmp_path).roots_der == first.roots_der
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER]  # no draft is left
 
 
@@ -84,7 +84,7 @@ def test_private_files_are_private(tmp_path):
     folder = tmp_path / FOLDER
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     private = [*folder.glob("*.key.pem"), folder / "platform.secret"]
-    assert len(private) == 5
+    assert len(private) == 12
     for path in private:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -100,7 +100,7 @@ def test_nothing_private_is_printed(tmp_path):
 def test_reopened_authority_is_the_same(tmp_path):
     created = SimulatedAuthority.create(tmp_path, now=NOW)
     opened = SimulatedAuthority.open(tmp_path)
-    assert opened.roots_der == created.root_der
+    assert opened.roots_der == created.roots_der
     assert opened.sealing_key(b"e" * 32) == created.sealing_key(b"e" * 32)
     check(created, by=opened)
 
@@ -108,7 +108,7 @@ def test_reopened_authority_is_the_same(tmp_path):
 def test_two_directories_have_two_roots(tmp_path):
     first = SimulatedAuthority.create(tmp_path / "1", now=NOW)
     second = SimulatedAuthority.create(tmp_path / "2", now=NOW)
-    assert first.roots_der != second.root_der
+    assert first.roots_der != second.roots_der
     assert first.sealing_key(b"e" * 32) != second.sealing_key(b"e" * 32)
 
 

@@ -1,4 +1,4 @@
-"""Certificates and revocation lists that don't parse, and chains that don't say enough."""
+"""Certificates, revocation lists and roots that don't parse, and chains that don't say enough."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister.core.verifier import TrustAnchors
+from cloister.core.verifier.anchors import MAX_ROOTS
 from cloister.core.verifier.chain import (
     MAX_CERTIFICATE,
     MAX_PEM,
@@ -17,9 +19,10 @@ from cloister.core.verifier.chain import (
     load_chain,
     load_crl,
     time_text,
+    to_pem,
     verify_chain,
 )
-from cloister.errors import EvidenceError, EvidenceRefused
+from cloister.errors import EvidenceError, EvidenceRefused, UsageError
 from cloister.sim import pki
 
 DAY = 86400
@@ -107,3 +110,26 @@ def test_leaf_that_does_not_say_what_its_key_is_for(authority, now):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "1970-01-01T00:00:00Z"), (1 << 70, str(1 << 70))])
 def test_times(seconds, text):
     assert time_text(seconds) == text
+
+
+def test_certificate_in_pem(authority):
+    root = load_certificate(authority.root_der)
+    assert load_chain(to_pem(root.der).encode()) == (root,)
+
+
+def test_anchors_are_printed_by_kind_and_digest(authority):
+    simulated = TrustAnchors.simulated(authority.root_der)
+    assert repr(simulated) == f"<TrustAnchors simulated {simulated.digest.hex()[:16]}>"
+    assert repr(TrustAnchors.vendor()).startswith("<TrustAnchors vendor ")
+
+
+def test_simulated_roots_that_are_too_long():
+    with pytest.raises(UsageError) as caught:
+        TrustAnchors.simulated(bytes(MAX_ROOTS + 1))
+    assert (caught.value.code, caught.value.claim) == ("anchors.simulated-root", "simulated roots")
+
+
+def test_two_simulated_roots_of_one_kind(authority, other_authority):
+    with pytest.raises(UsageError) as caught:
+        TrustAnchors.simulated(authority.root_der + other_authority.root_der)
+    assert (caught.value.code, caught.value.actual) == ("anchors.simulated-root", "dcap")

@@ -7,7 +7,7 @@ from typing import Final
 
 import typer
 
-from cloister.cli import evidence, infer, measure, owner, roles, up, user, verify
+from cloister.cli import collateral, evidence, infer, measure, owner, roles, up, user, verify
 from cloister.cli.output import report
 from cloister.errors import CloisterError, UsageError
 
@@ -25,6 +25,7 @@ app.command("infer")(infer.infer)
 app.add_typer(owner.app, name="owner")
 app.add_typer(user.app, name="user")
 app.add_typer(evidence.app, name="evidence")
+app.add_typer(collateral.app, name="collateral")
 app.command("gateway", rich_help_panel="Roles (what `up` starts)")(roles.gateway)
 app.command("keyservice", rich_help_panel="Roles (what `up` starts)")(roles.keyservice)
 app.command("worker", rich_help_panel="Roles (what `up` starts)")(roles.worker)

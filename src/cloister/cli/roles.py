@@ -86,6 +86,7 @@ def worker(
     name: Annotated[str, typer.Option(help="Name of this worker on its host.")] = "worker-1",
     pool: Annotated[str, typer.Option(help="Name of the pool that it joins.")] = "default",
     settings: Annotated[str, typer.Option(help="JSON object of enclave settings.")] = "{}",
+    tee: Annotated[str, typer.Option(help="TEE to simulate: sgx, tdx, snp or nitro.")] = "sgx",
     source: Annotated[Path | None, typer.Option(hidden=True)] = None,
     follow: Follow = 0,
 ) -> None:
@@ -103,11 +104,17 @@ def worker(
         key_service=reference_policy(measure("key-service"), root),
         settings=_settings(settings),
     )
-    _run_enclave(site, "worker", name, definition.id.hex(), configuration, source)
+    _run_enclave(site, "worker", name, definition.id.hex(), configuration, source, tee)
 
 
 def _run_enclave(
-    site: Site, role: str, name: str, pool: str, configuration: EnclaveConfiguration, source: Path | None
+    site: Site,
+    role: str,
+    name: str,
+    pool: str,
+    configuration: EnclaveConfiguration,
+    source: Path | None,
+    tee: str = "sgx",
 ) -> None:
     from cloister.host.launcher.launcher import Launcher
     from cloister.host.launcher.link import link_app
@@ -119,7 +126,7 @@ def _run_enclave(
     from cloister.sim.sandbox import Sandbox
 
     authority = SimulatedAuthority.open_or_create(site.authority, now=int(time.time()))
-    platform = SimulatedPlatform(authority, Sandbox.detect())
+    platform = SimulatedPlatform(authority, Sandbox.detect(), tee=tee)
     logging.info("%s", platform.announcement)
     for line in platform.sandbox.report():
         logging.info("sandbox: %s", line)

@@ -14,12 +14,31 @@ from cloister.core.protocol.trust import hex_digest, subtable
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import UsageError
 from cloister.sim.measurement import Measurement
-from cloister.sim.quote import ATTRIBUTES
+from cloister.sim.quote import ATTRIBUTES, TD_ATTRIBUTES
+from cloister.sim.tees import SNP_POLICY, registers
 
 # All of SGX ATTRIBUTES' flags count (Intel SDM, volume 3D, section 35.7.1); XFRM depends on the processor, so
 # it is left open. DEBUG is refused whatever a policy says.
 ATTRIBUTES_MASK: Final = bytes.fromhex("ffffffffffffffff0000000000000000")
 ALLOWED_TCB: Final = frozenset({"UpToDate"})
+
+# What a reference policy says besides the registers, for TEEs that the simulated platform plays.
+_REFERENCE: Final[dict[str, dict[str, Any]]] = {
+    "tdx": {
+        "mr_config_id": frozenset({bytes(48)}),
+        "td_attributes": TD_ATTRIBUTES,
+        "td_attributes_mask": b"\xff" * 8,
+        "allowed_tcb": ALLOWED_TCB,
+        "any_platform": True,
+    },
+    "snp": {
+        "guest_policy": SNP_POLICY,
+        "guest_policy_mask": (1 << 64) - 1,
+        "any_tcb": True,
+        "any_platform": True,
+    },
+    "nitro": {},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +156,13 @@ class Site:
         )
 
 
-def reference_policy(measurement: Measurement, root: bytes | None) -> AppraisalPolicy:
-    """The appraisal policy that admits exactly one image, under the simulated root or the vendors'."""
+def reference_policy(measurement: Measurement, root: bytes | None, tee: str = "sgx") -> AppraisalPolicy:
+    """The appraisal policy that admits exactly one image, under the simulated roots or the vendors'."""
+    if tee != "sgx":
+        found: dict[str, Any] = {
+            name: frozenset({value}) for name, value in registers(measurement, tee).items()
+        }
+        return AppraisalPolicy(tee=tee, dangerous_simulated_roots=root, **found, **_REFERENCE[tee])
     return AppraisalPolicy(
         tee="sgx",
         mr_enclave=frozenset({measurement.mr_enclave}),

@@ -158,6 +158,9 @@ def up(
     epoch_seconds: Annotated[int, typer.Option(help="Life of a pool's keys.")] = 3600,
     threads: Annotated[int, typer.Option(help="Requests that a worker runs at once.")] = 2,
     memory_mib: Annotated[int, typer.Option(help="Models that a worker holds, in MiB.")] = 2048,
+    worker_tee: Annotated[
+        str, typer.Option(help="TEE that the workers simulate: sgx, tdx, snp or nitro.")
+    ] = "sgx",
     capture: Annotated[Path | None, typer.Option(help="File for every byte that the gateway sees.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the service's facts as one JSON object.")
@@ -166,6 +169,7 @@ def up(
     """Start a service on this host with the simulated TEE and keep it running until interrupted."""
     from cloister.sim.platform import ANNOUNCEMENT
     from cloister.sim.sandbox import Sandbox
+    from cloister.sim.tees import require_tee
 
     if owner is None and not _is_loopback(host):
         raise UsageError(
@@ -202,6 +206,7 @@ def up(
                 pool=pool,
                 owner=None if owner is None else hex_digest(owner, "owner"),
                 settings=settings,
+                worker_tee=require_tee(worker_tee),
                 capture=capture,
                 say=status.update if as_json or console.is_terminal else console.print,
             )
@@ -222,6 +227,7 @@ def bring_up(
     port: int = 0,
     pool: str = "default",
     owner: bytes | None = None,
+    worker_tee: str = "sgx",
     capture: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, str]:
@@ -240,7 +246,7 @@ def bring_up(
     say("measuring the enclaves")
     root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).roots_der
     key_service = reference_policy(measure("key-service"), root)
-    definition = Pool(name=pool, policy=reference_policy(measure("worker"), root))
+    definition = Pool(name=pool, policy=reference_policy(measure("worker"), root, worker_tee))
     say("starting the gateway")
     known = site.read_facts().get("service")
     site.facts.unlink(missing_ok=True)
@@ -264,7 +270,9 @@ def bring_up(
         for number in range(1, workers + 1):
             say(f"starting worker enclave {number} of {workers}")
             name = f"worker-{number}"
-            service.start(name, "worker", "--name", name, "--pool", pool, "--settings", settings)
+            service.start(
+                name, "worker", "--name", name, "--pool", pool, "--settings", settings, "--tee", worker_tee
+            )
         for number in range(1, workers + 1):
             service.wait(f"worker-{number}", lambda: _workers(site) > workers, f"worker {number}")
     finally:

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +31,9 @@ from cloister.core.evidence.bundle import Collateral
 from cloister.core.evidence.pck import PckExtension
 from cloister.core.secret import Secret
 from cloister.errors import UsageError
-from cloister.sim import pki, tcb
+from cloister.sim import nitro as aws
+from cloister.sim import pki, snp, tcb
+from cloister.sim.nitro import SimulatedNitro
 from cloister.sim.quote import (
     ATTRIBUTES,
     DEBUG_ATTRIBUTES,
@@ -43,6 +45,7 @@ from cloister.sim.quote import (
     td_report,
     td_report_15,
 )
+from cloister.sim.snp import SimulatedAmd
 
 FOLDER: Final = "simulated-authority"  # inside the data directory
 FMSPC: Final = b"SIMSGX"  # recognisable in every certificate and in TCB info
@@ -102,7 +105,15 @@ class _Identity:
 class SimulatedAuthority:
     """Root, PCK CA, PCK and TCB signer of one data directory: `create`, `open` or `open_or_create` it."""
 
-    def __init__(self, identities: dict[str, _Identity], platform_secret: Secret) -> None:
+    def __init__(
+        self,
+        identities: dict[str, _Identity],
+        platform_secret: Secret,
+        amd: SimulatedAmd,
+        nitro: SimulatedNitro,
+    ) -> None:
+        self.amd: Final = amd
+        self.nitro: Final = nitro
         self._root = identities["root"]
         self._pck_ca = identities["pck-ca"]
         self._pck = identities["pck"]
@@ -130,12 +141,16 @@ class SimulatedAuthority:
         """
         identities = _issue_all(now - 86400)
         platform_secret = Secret(secrets.token_bytes(32))
+        amd, nitro = SimulatedAmd.create(now=now), SimulatedNitro.create(now=now)
         target = directory / FOLDER
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=directory))  # 0700
             try:
                 _write(draft, identities, platform_secret)
+                for role, (key, certificate) in (amd.to_pem() | nitro.to_pem()).items():
+                    _write_private(draft / f"{role}.key.pem", key)
+                    (draft / f"{role}.pem").write_bytes(certificate)
                 draft.rename(target)  # all or nothing: a second creator fails here
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -145,7 +160,7 @@ class SimulatedAuthority:
                 code="sim.authority",
                 hint="Is there one already?",
             ) from error
-        return cls(identities, platform_secret)
+        return cls(identities, platform_secret, amd, nitro)
 
     @classmethod
     def open(cls, directory: Path) -> SimulatedAuthority:
@@ -158,6 +173,8 @@ class SimulatedAuthority:
         try:
             identities = {role: _read(folder, role) for role in _ROLES}
             platform_secret = Secret(_private(folder / _SECRET))
+            amd = SimulatedAmd.from_pem(_read_pem(folder, snp.ROLES))
+            nitro = SimulatedNitro.from_pem(_read_pem(folder, aws.ROLES))
         except OSError as error:
             raise UsageError(
                 f"there is no simulated authority in {directory}: {error.strerror}", code="sim.authority"
@@ -169,7 +186,7 @@ class SimulatedAuthority:
             ) from None
         if len(platform_secret) != 32:
             raise UsageError(f"the simulated authority in {folder} is damaged", code="sim.authority")
-        return cls(identities, platform_secret)
+        return cls(identities, platform_secret, amd, nitro)
 
     @classmethod
     def open_or_create(cls, directory: Path, *, now: int) -> SimulatedAuthority:
@@ -189,7 +206,7 @@ class SimulatedAuthority:
     @property
     def roots_der(self) -> bytes:
         """Every root, one after the other: what a policy names as ``dangerous_simulated_roots``."""
-        return self.root_der
+        return self.root_der + self.amd.root_der + self.nitro.root_der
 
     @property
     def root_der(self) -> bytes:
@@ -461,6 +478,12 @@ def _read(folder: Path, role: str) -> _Identity:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
         raise ValueError("the key isn't the certificate's")
     return _Identity(key=key, certificate=certificate)
+
+
+def _read_pem(folder: Path, roles: Iterable[str]) -> dict[str, tuple[bytes, bytes]]:
+    return {
+        role: (_private(folder / f"{role}.key.pem"), (folder / f"{role}.pem").read_bytes()) for role in roles
+    }
 
 
 def _private(path: Path) -> bytes:

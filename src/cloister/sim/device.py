@@ -21,36 +21,20 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from cloister.core.encoding import decode, encode
-from cloister.core.evidence.bundle import Collateral, Evidence
+from cloister.core.evidence.bundle import Evidence
 from cloister.core.secret import Secret
 from cloister.errors import CloisterError, FormatError
+from cloister.sim import tees
 from cloister.sim.measurement import Measurement
 
 MAX_REQUEST: Final = 4096  # bytes; an evidence request has less than 100
 REPORT_DATA_SIZE: Final = 64  # bytes
-TEE: Final = "sgx"
 
 _log = logging.getLogger(__name__)
 
 
-class Authority(Protocol):
-    """What signs quotes: `cloister.sim.authority.SimulatedAuthority`."""
-
-    def collateral(self, now: int) -> Collateral:
-        """Collateral that verifies the quotes made around ``now``."""
-
-    def quote(
-        self,
-        *,
-        report_data: bytes,
-        mr_enclave: bytes,
-        mr_signer: bytes,
-        isv_prod_id: int,
-        isv_svn: int,
-        debug: bool = False,
-        now: int,
-    ) -> bytes:
-        """A signed quote over these values."""
+class Authority(tees.Authority, Protocol):
+    """What signs evidence and keeps secrets: `cloister.sim.authority.SimulatedAuthority`."""
 
     def sealing_key(self, mr_enclave: bytes) -> Secret:
         """The key that only enclaves of this measurement get from this platform."""
@@ -65,6 +49,7 @@ class TeeDevice:
         authority: Authority,
         measurement: Measurement,
         clock: Callable[[], int],
+        tee: str = "sgx",
     ) -> None:
         """Take over ``connection``; `start` begins to serve it.
 
@@ -73,7 +58,9 @@ class TeeDevice:
             authority: Signs the quotes.
             measurement: Of the process that holds the other end.
             clock: Unix time in seconds.
+            tee: The kind of TEE that it plays, of `cloister.sim.tees.TEES`.
         """
+        self._tee = tees.require_tee(tee)
         self._connection = connection
         self._authority = authority
         self._measurement = measurement
@@ -150,14 +137,4 @@ class TeeDevice:
             raise FormatError(
                 "report data", claim="length", expected=f"{REPORT_DATA_SIZE} B", actual=len(report_data)
             )
-        now, measured = self._clock(), self._measurement
-        quote = self._authority.quote(
-            report_data=report_data,
-            mr_enclave=measured.mr_enclave,
-            mr_signer=measured.mr_signer,
-            isv_prod_id=measured.isv_prod_id,
-            isv_svn=measured.isv_svn,
-            debug=False,
-            now=now,
-        )
-        return Evidence(tee=TEE, quote=quote, collateral=self._authority.collateral(now))
+        return tees.evidence(self._authority, self._measurement, self._tee, report_data, self._clock())

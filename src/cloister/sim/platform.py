@@ -23,6 +23,7 @@ from cloister.sim.device import Authority, TeeDevice
 from cloister.sim.image import EnclaveImage, discard, locate
 from cloister.sim.measurement import Measurement, measure_image
 from cloister.sim.sandbox import IMAGE_NAME, Sandbox
+from cloister.sim.tees import require_tee
 
 ANNOUNCEMENT: Final = "simulated TEE: protects nothing from this machine's administrator"
 DEVICE_VARIABLE: Final = "CLOISTER_TEE_FD"
@@ -132,6 +133,7 @@ class SimulatedPlatform:
         *,
         source: Path | None = None,
         clock: Callable[[], int] = lambda: int(time.time()),
+        tee: str = "sgx",
     ) -> None:
         """Make a platform.
 
@@ -140,7 +142,12 @@ class SimulatedPlatform:
             sandbox: What `Sandbox.detect` found.
             source: Folder of the ``cloister`` package to run; by default the installed one.
             clock: Unix time in seconds, for quotes and collateral.
+            tee: The kind of TEE that it plays, of `cloister.sim.tees.TEES`.
+
+        Raises:
+            UsageError: it plays no such TEE.
         """
+        self._tee = require_tee(tee)
         self._authority = authority
         self._source = source
         self._clock = clock
@@ -223,7 +230,7 @@ class SimulatedPlatform:
                 cwd=run_dir,
                 start_new_session=True,  # the launcher, not the terminal's Ctrl-C, decides when it ends
             )
-            device = TeeDevice(here, self._authority, measurement, self._clock)
+            device = TeeDevice(here, self._authority, measurement, self._clock, self._tee)
             device.start()
             ours.pop_all()
         return SimulatedEnclave(
