@@ -25,7 +25,7 @@ from cloister.core.protocol.authorization import RequestAuthorization
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.sealing import SealedHeader, header_size, read_sections
 from cloister.core.sealing.records import open_record
-from cloister.core.verifier import TrustAnchors, dcap, nitro, snp
+from cloister.core.verifier import TrustAnchors, verify
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.core.verifier.chain import load_certificate, load_chain, load_crl
 from cloister.core.verifier.collateral_key import DcapKey
@@ -33,10 +33,6 @@ from cloister.core.verifier.qe import QeIdentity
 from cloister.core.verifier.tcb import TcbInfo
 from cloister.errors import CloisterError, FormatError
 from fuzz import seeds
-
-VERIFIERS: Final = MappingProxyType(
-    {"sgx": dcap.verify, "tdx": dcap.verify, "snp": snp.verify, "nitro": nitro.verify}
-)
 
 
 class Broken(Exception):
@@ -104,13 +100,12 @@ def _evidence(data: bytes) -> Evidence:
 
 
 def _verify(data: bytes) -> object:
-    evidence = _evidence(data)
-    return VERIFIERS[evidence.tee](evidence, anchors=seeds.anchors(), now=seeds.NOW).to_dict()
+    return verify(_evidence(data), anchors=seeds.anchors(), now=seeds.NOW).to_dict()
 
 
 def _verify_nitro(data: bytes) -> object:
     evidence = Evidence(tee="nitro", quote=data, collateral=None)
-    return nitro.verify(evidence, anchors=seeds.anchors(), now=seeds.NOW).to_dict()
+    return verify(evidence, anchors=seeds.anchors(), now=seeds.NOW).to_dict()
 
 
 def _text(read: Callable[[str], object], data: bytes) -> object:

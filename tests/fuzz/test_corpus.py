@@ -54,7 +54,7 @@ def test_real_evidence(name):
         check(TARGETS[name], data)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     which=st.integers(0, 7),
     edits=st.lists(

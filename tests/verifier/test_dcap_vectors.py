@@ -99,8 +99,8 @@ def test_refusal(name, vectors):
     assert (error.code, error.claim) == REFUSED[name]
 
 
-def test_text_behind_a_quote_is_refused(vectors):
-    """Google appended text to that quote; only zeros count as padding."""
+def test_text_behind_a_quote_is_pointed_out(vectors):
+    """Google appended text to that quote. Nobody signed it; what is refused is the TCB, as without it."""
     folder = vectors / "tdx-v4-tcb-not-supported"
     quote = (folder / "quote.bin").read_bytes()
     assert quote.endswith(TRAILER)
@@ -109,9 +109,14 @@ def test_text_behind_a_quote_is_refused(vectors):
         quote=quote,
         collateral=Collateral.from_json((folder / "collateral.json").read_text()),
     )
-    with pytest.raises(EvidenceError) as caught:
-        dcap.verify(evidence, anchors=TrustAnchors.vendor(), now=expected(folder)["verify_at"])
-    assert (caught.value.code, caught.value.claim) == ("evidence.format", "padding")
+    steps = []
+    with pytest.raises(EvidenceRefused) as caught:
+        dcap.verify(
+            evidence, anchors=TrustAnchors.vendor(), now=expected(folder)["verify_at"], steps=steps
+        )
+    assert (caught.value.code, caught.value.claim) == REFUSED[folder.name]
+    noted = [step for step in steps if step.outcome == "note"]
+    assert [step.detail for step in noted] == [f"{len(TRAILER)} B behind the quote, which nobody signed"]
 
 
 @pytest.mark.parametrize("name", [*ACCEPTED, *REFUSED])

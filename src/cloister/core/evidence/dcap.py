@@ -3,7 +3,7 @@
 Layout, little-endian (Intel, "SGX ECDSA QuoteLibReference", appendix A.4, and "TDX DCAP Quoting Library API",
 appendix A.3 and A.4)::
 
-    header 48 B | body descriptor | body | u32 length | signature data | zero padding
+    header 48 B | body descriptor | body | u32 length | signature data | padding
 
 Only version 5 has a body descriptor: u16 type and u32 size of the body. Signature data: quote signature 64,
 attestation key 64, then the certification of that key: report of the quoting enclave 384, its signature 64,
@@ -194,12 +194,12 @@ class QuoteSignature:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
-    """A whole quote. ``padding`` counts the zero bytes that follow it in its buffer."""
+    """A whole quote. ``padding`` is what follows it in its buffer, zeros as a rule; nobody signed it."""
 
     header: Header
     body: Body
     signature: QuoteSignature
-    padding: int = 0
+    padding: bytes = b""
 
     @property
     def signed_bytes(self) -> bytes:
@@ -208,7 +208,7 @@ class Quote:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Quote:
-        """Parse a quote and the zero bytes that may follow it; ``to_bytes`` gives ``data`` back.
+        """Parse a quote and what follows it in its buffer; ``to_bytes`` gives ``data`` back.
 
         Raises:
             EvidenceError: any other bytes.
@@ -225,15 +225,13 @@ class Quote:
         end = start + u32(raw, start - 4)
         if len(raw) < end:
             raise length_error("quote", f"at least {end} B", len(raw))
-        if any(raw[end:]):
-            raise EvidenceError("the quote is followed by bytes that are not zero", claim="padding")
         signature = QuoteSignature.from_bytes(raw[start:end], nested=header.version >= _FIRST_WITH_TDX)
-        return cls(header=header, body=body, signature=signature, padding=len(raw) - end)
+        return cls(header=header, body=body, signature=signature, padding=raw[end:])
 
     def to_bytes(self) -> bytes:
         """The bytes that `from_bytes` reads."""
         signature = self.signature.to_bytes(nested=self.header.version >= _FIRST_WITH_TDX)
-        return self.signed_bytes + len(signature).to_bytes(4, "little") + signature + bytes(self.padding)
+        return self.signed_bytes + len(signature).to_bytes(4, "little") + signature + self.padding
 
 
 def signed_bytes(header: Header, body: Body) -> bytes:

@@ -139,6 +139,9 @@ def _require_quote(quote: Quote, evidence: Evidence, steps: list[Step]) -> None:
     steps.append(
         passed("1 quote", f"{evidence.tee.upper()} version {quote.header.version}, {len(evidence.quote)} B")
     )
+    if any(quote.padding):
+        detail = f"{len(quote.padding)} B behind the quote, which nobody signed"
+        steps.append(Step(name="1 padding", outcome="note", detail=detail))
 
 
 def _verify_qe_report(signature: QuoteSignature, pck: Certificate, steps: list[Step]) -> None:
