@@ -17,6 +17,7 @@ from benchmarks.report import Report, console, machine
 BENCHMARKS: Final = {
     "overhead": "What does the confidential path add to bare ONNX Runtime?",
     "attestation": "What does it cost to verify a service, and to prove it alive to many?",
+    "verification": "What does it cost to verify the evidence of each TEE?",
     "sealing": "How fast are models sealed and opened?",
 }
 
@@ -26,6 +27,7 @@ PUBLISHED: Final = (
     ("overhead", "--model", "digits"),
     ("overhead", "--model", "diagnosis"),
     ("attestation",),
+    ("verification",),
     ("sealing",),
 )
 DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"

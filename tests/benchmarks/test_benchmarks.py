@@ -21,6 +21,7 @@ from benchmarks.report import Report, Rows, percentile, rounded  # noqa: E402
 SHORT = {
     "overhead": ("--model", "digits", "--runs", "3"),
     "attestation": ("--runs", "2", "--largest-batch", "16"),
+    "verification": ("--runs", "3"),
     "sealing": ("--mib", "2", "--runs", "2"),
 }
 FIGURES = {
@@ -41,6 +42,7 @@ FIGURES = {
         "possession_single_us_p50",
         "possession_batched_us_p50",
     },
+    "verification": {f"{tee}_ms_p50" for tee in ("sgx", "tdx", "snp", "nitro", "dcap_qvl")},
     "sealing": {"seal_gb_per_s", "open_streamed_gb_per_s", "open_new_gb_per_s", "ratio_open_p50"},
 }
 

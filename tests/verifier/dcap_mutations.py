@@ -228,7 +228,9 @@ def _chains(case: Case, cases: list[Case], pick: random.Random) -> tuple[str, Ca
 def _padding(case: Case, _cases: list[Case], pick: random.Random) -> tuple[str, Case]:
     parsed = Quote.from_bytes(case.quote)
     size = pick.randrange(9000)
-    return f"{size} B of padding", replace(case, quote=replace(parsed, padding=pick.choice((bytes(size), pick.randbytes(size)))).to_bytes())
+    return f"{size} B of padding", replace(
+        case, quote=replace(parsed, padding=pick.choice((bytes(size), pick.randbytes(size)))).to_bytes()
+    )
 
 
 def seconds(text: str) -> int:

@@ -13,7 +13,7 @@ from cloister.core.evidence import Collateral, Evidence
 from cloister.core.evidence.dcap import Quote
 from cloister.core.evidence.tdx import SIZE_10, TdReport
 from cloister.core.verifier import TrustAnchors, dcap
-from cloister.errors import EvidenceError, EvidenceRefused
+from cloister.errors import EvidenceRefused
 
 ACCEPTED = [
     "sgx-v3-config-swhardening",
@@ -111,9 +111,7 @@ def test_text_behind_a_quote_is_pointed_out(vectors):
     )
     steps = []
     with pytest.raises(EvidenceRefused) as caught:
-        dcap.verify(
-            evidence, anchors=TrustAnchors.vendor(), now=expected(folder)["verify_at"], steps=steps
-        )
+        dcap.verify(evidence, anchors=TrustAnchors.vendor(), now=expected(folder)["verify_at"], steps=steps)
     assert (caught.value.code, caught.value.claim) == REFUSED[folder.name]
     noted = [step for step in steps if step.outcome == "note"]
     assert [step.detail for step in noted] == [f"{len(TRAILER)} B behind the quote, which nobody signed"]

@@ -79,9 +79,9 @@ def read_evidence(data: bytes, collateral: Iterable[bytes] = (), tee: str | None
 
     Args:
         data: As for `read_signed`.
-        collateral: For SGX and TDX one JSON file (the form of ``dcap-qvl``); for SNP certificates in PEM or DER, a
-            revocation list in DER, a certificate table, or JSON with ``certificates`` (PEM) and ``crl`` (hex).
-            AMD's own ASK, ASVK and ARK needn't be among them.
+        collateral: For SGX and TDX one JSON file (the form of ``dcap-qvl``); for SNP certificates in PEM or
+            DER, a revocation list in DER, a certificate table, or JSON with ``certificates`` (PEM) and
+            ``crl`` (hex). AMD's own ASK, ASVK and ARK needn't be among them.
         tee: As for `read_signed`.
 
     Raises:

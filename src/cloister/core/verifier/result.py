@@ -172,7 +172,7 @@ class VerifiedEvidence:
 
     @property
     def measurement(self) -> bytes:
-        """What runs there, in 32 B: MRENCLAVE for SGX, else a digest of all registers that measure the code."""
+        """What runs there, in 32 B: MRENCLAVE for SGX, else a digest of the registers that measure it."""
         names = _MEASURING[self.tee]
         found = [self.measurements[name] for name in names]
         if self.tee == "sgx" and isinstance(found[0], bytes):

@@ -133,7 +133,7 @@ class Log:
             return index
 
     async def settle(self) -> None:
-        """Take in an entry whose write seemed to fail and did not. Whoever checks before `append` settles first.
+        """Take in an entry whose write seemed to fail and did not; whoever checks first settles first.
 
         Raises:
             Tampered: the store holds another entry there.

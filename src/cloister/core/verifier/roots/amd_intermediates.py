@@ -1,8 +1,9 @@
 """AMD's intermediate certificates: ASK (signs VCEKs) and ASVK (signs VLEKs) of each product.
 
-They complete evidence whose sender has only the leaf; they are verified under the ARK like any other, and are no
-anchors. Published by AMD's key distribution service under ``/vcek/v1/{product}/cert_chain`` and ``/vlek/v1/...``;
-taken from the copies in google/go-sev-guest (commit af1c107a, ``verify/trust``).
+They complete evidence whose sender has only the leaf; they are verified under the ARK like any other, and are
+no anchors. Published by AMD's key distribution service under ``/vcek/v1/{product}/cert_chain`` and
+``/vlek/v1/{product}/cert_chain``; taken from the copies in google/go-sev-guest (commit af1c107a,
+``verify/trust``).
 """
 
 from __future__ import annotations
