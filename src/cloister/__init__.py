@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from cloister.client.client import AsyncClient, Client, Record
     from cloister.client.identity import Identity
     from cloister.client.transport import AsyncCloisterTransport, CloisterTransport
-    from cloister.core.evidence.bundle import Collateral, Evidence
+    from cloister.core.evidence.bundle import AmdCollateral, Collateral, Evidence
     from cloister.core.protocol.trust import Consent, UserPolicy
     from cloister.core.verifier import verify as verify_evidence
     from cloister.core.verifier.anchors import TrustAnchors
-    from cloister.core.verifier.appraisal import AppraisalPolicy, appraise
+    from cloister.core.verifier.appraisal import AllOf, AnyOf, AppraisalPolicy, appraise
     from cloister.core.verifier.result import VerifiedEvidence
 
 __all__ = [
+    "AllOf",
+    "AmdCollateral",
+    "AnyOf",
     "AppraisalPolicy",
     "AsyncClient",
     "AsyncCloisterTransport",
@@ -44,6 +47,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _WHERE: Final = {
+    "AllOf": ("cloister.core.verifier.appraisal", "AllOf"),
+    "AmdCollateral": ("cloister.core.evidence.bundle", "AmdCollateral"),
+    "AnyOf": ("cloister.core.verifier.appraisal", "AnyOf"),
     "AppraisalPolicy": ("cloister.core.verifier.appraisal", "AppraisalPolicy"),
     "AsyncClient": ("cloister.client.client", "AsyncClient"),
     "AsyncCloisterTransport": ("cloister.client.transport", "AsyncCloisterTransport"),

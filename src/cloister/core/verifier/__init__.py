@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from cloister.core.evidence.bundle import Evidence
-from cloister.core.verifier import dcap, nitro, snp
 from cloister.core.verifier.anchors import TrustAnchors
-from cloister.core.verifier.result import Step, VerifiedEvidence
+
+if TYPE_CHECKING:
+    from cloister.core.verifier.result import Step, VerifiedEvidence
+
+__all__ = ["TrustAnchors", "verify"]
+
+# Each is loaded when its first evidence comes: a relying party seldom meets more than one kind.
+_MODULES: Final[Mapping[str, str]] = MappingProxyType(
+    {"sgx": "dcap", "tdx": "dcap", "snp": "snp", "nitro": "nitro"}
+)
 
 
 class _Verifier(Protocol):
-    def __call__(
+    def verify(
         self, evidence: Evidence, *, anchors: TrustAnchors, now: int, steps: list[Step] | None = None
     ) -> VerifiedEvidence: ...
-
-
-__all__ = ["TrustAnchors", "VerifiedEvidence", "verify"]
 
 
 def verify(
@@ -36,9 +42,5 @@ def verify(
         EvidenceError: something does not parse.
         EvidenceRefused: a check failed.
     """
-    return _VERIFIERS[evidence.tee](evidence, anchors=anchors, now=now, steps=steps)
-
-
-_VERIFIERS: Final[Mapping[str, _Verifier]] = MappingProxyType(
-    {"sgx": dcap.verify, "tdx": dcap.verify, "snp": snp.verify, "nitro": nitro.verify}
-)
+    verifier = cast(_Verifier, importlib.import_module(f"{__name__}.{_MODULES[evidence.tee]}"))
+    return verifier.verify(evidence, anchors=anchors, now=now, steps=steps)
