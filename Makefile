@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test lint bench fuzz lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,10 +34,18 @@ lint: $(VENV)/.dev  ## ruff, mypy strict, import-linter
 bench: $(VENV)/.dev  ## benchmarks; BENCH=name for one, ARGS=... for its arguments
 	$(BIN)/python -m benchmarks $(BENCH) $(ARGS)
 
+$(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/fuzz.txt
+	@touch $@
+
+fuzz: $(VENV)/.fuzz  ## fuzz every parser; TARGET=name for one, TIME=60 seconds each
+	$(BIN)/python -m fuzz $(or $(TARGET),--all) --seconds $(or $(TIME),60)
+
 lock: $(VENV)/.dev  ## pin every dependency again, with hashes and no index address
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements/dev.txt
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group demo --group build --universal --generate-hashes --no-emit-index-url --no-header --quiet --constraint requirements/dev.txt --output-file requirements/demo.txt
+	$(BIN)/uv pip compile pyproject.toml --group fuzz --universal --generate-hashes --no-emit-index-url --no-header --quiet --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -52,7 +52,14 @@ __all__ = [
     "UsageError",
 ]
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+MAX_TEXT: Final = 800  # characters of each part of an error
+
+
+def _short(text: str) -> str:
+    """A peer may have chosen what an error quotes: never more than a few lines of it."""
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
 
 
 class CloisterError(Exception):
@@ -81,11 +88,11 @@ class CloisterError(Exception):
         hint: str = "",
     ) -> None:
         self.code = code or self.default_code
-        self.claim = claim
-        self.expected = str(expected)
-        self.actual = str(actual)
+        self.claim = _short(claim)
+        self.expected = _short(str(expected))
+        self.actual = _short(str(actual))
         self.hint = hint
-        self.message = message or (f"{claim} refused" if claim else self.code)
+        self.message = _short(message) or (f"{self.claim} refused" if claim else self.code)
         super().__init__(self.message)
 
     def __str__(self) -> str:

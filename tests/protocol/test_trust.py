@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cloister.core.protocol.document import PoolEntry
 from cloister.core.protocol.pool import Pool
-from cloister.core.protocol.trust import MAX_FILE, Consent, UserPolicy
+from cloister.core.protocol.trust import Consent, UserPolicy
+from cloister.core.verifier.policy import MAX_POLICY
 from cloister.errors import AccessRefused, AppraisalRefused, UsageError
 from support.realm import KEY_SERVICE, STRANGER, WORKER, policy
 
@@ -46,7 +47,8 @@ def test_round_trip():
         ("a = " + "[" * 5000, "policy.format"),
         ("a = " + "1" * 5000, "policy.format"),
         ("a = 1\na = 2", "policy.format"),
-        ("x" * (MAX_FILE + 1), "policy.format"),
+        ("x" * (MAX_POLICY + 1), "policy.format"),
+        ("a." * 200 + "a = 1", "policy.format"),
         (TEXT + "[other]\n", "policy.keys"),
         ("other = 1\n" + TEXT, "policy.keys"),
         (TEXT.replace("[worker]", "[workers]"), "policy.keys"),

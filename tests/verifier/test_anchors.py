@@ -71,8 +71,9 @@ def test_anchors_are_not_copied(duplicate, anchors):
 
 
 def test_digest_names_kind_and_root(anchors, authority):
-    fingerprint = hashlib.sha256(authority.root_der).digest()
-    assert anchors.digest == encoding.digest(["cloister/v1/trust-anchors", "simulated", [fingerprint]])
+    roots = (authority.root_der, authority.amd.root_der, authority.nitro.root_der)
+    fingerprints = [hashlib.sha256(root).digest() for root in roots]
+    assert anchors.digest == encoding.digest(["cloister/v1/trust-anchors", "simulated", fingerprints])
     assert len(TrustAnchors.vendor().digest) == 32
     assert anchors != TrustAnchors.vendor()
     assert anchors == TrustAnchors.simulated(authority.roots_der)

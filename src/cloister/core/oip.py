@@ -70,10 +70,16 @@ def datatype(array: Array) -> str:
             "the array's type has no name in the Open Inference Protocol",
             code="request.datatype",
             claim="datatype",
-            expected=", ".join(DTYPES),
+            expected=", ".join(map(numpy_name, DTYPES)),
             actual=array.dtype,
+            hint="Convert the array with .astype(...) to the type of the model's input",
         )
     return name
+
+
+def numpy_name(kind: str) -> str:
+    """NumPy's name of a datatype of the protocol, such as ``float32`` for ``FP32``."""
+    return "text or bytes" if kind == "BYTES" else DTYPES[kind].name
 
 
 def encode_request(

@@ -20,16 +20,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any
 
 from cloister.core.protocol.conversation import Trust
 from cloister.core.protocol.document import PoolEntry
 from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.core.verifier.policy import load_toml
 from cloister.errors import AccessRefused, UsageError
-
-MAX_FILE: Final = 1 << 20  # characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +101,7 @@ class UserPolicy:
 
 def load_table(text: str, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """Parse TOML with exactly these top-level keys; raises UsageError."""
-    if len(text) > MAX_FILE:
-        raise UsageError("the file is too long", code="policy.format", expected=MAX_FILE, actual=len(text))
-    try:
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the file is not TOML: {error}"[:200], code="policy.format") from error
+    table = load_toml(text, "file")
     missing, unknown = set(required) - table.keys(), table.keys() - {*required, *optional}
     if missing or unknown:
         raise UsageError(

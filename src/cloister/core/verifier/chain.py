@@ -1,7 +1,8 @@
 """X.509 certificates, short chains and revocation lists, as the TEE vendors use them.
 
 Generic path validation rejects the vendors' chains, so each rule is written out here. Parsing is cached by
-content, in small bounded caches: every quote brings the same few certificates. No trust decision is cached.
+content, in small bounded caches, and so is whether one certificate signed another: every quote brings the
+same few. No trust decision is cached.
 """
 
 from __future__ import annotations
@@ -248,17 +249,14 @@ def verify_chain(
                 expected=f"a CA over {depth} more",
                 actual=f"path length {issuer.path_length}",
             )
-        try:
-            subject.parsed.verify_directly_issued_by(issuer.parsed)
-        except (InvalidSignature, ValueError, TypeError) as error:
+        if not _issued(subject, issuer):
+            same = subject.parsed.issuer == issuer.parsed.subject
             raise EvidenceRefused(
                 code=code,
                 claim=f"{what}: issuer of {subject.common_name}",
                 expected=issuer.common_name,
-                actual="another signature"
-                if isinstance(error, InvalidSignature)
-                else subject.parsed.issuer.rfc4514_string(),
-            ) from error
+                actual="another signature" if same else subject.parsed.issuer.rfc4514_string(),
+            )
     leaf = chain[0]
     if not leaf_is_ca and (
         leaf.path_length >= 0 or (leaf_states_usage and not _key_usage(leaf).digital_signature)
@@ -273,6 +271,16 @@ def verify_chain(
         require_dates(
             f"{what}: {certificate.common_name}", certificate.not_before, certificate.not_after, now=now
         )
+
+
+@lru_cache(maxsize=128)
+def _issued(subject: Certificate, issuer: Certificate) -> bool:
+    """Whether the issuer's name and key made this certificate: a fact about bytes, true at any time."""
+    try:
+        subject.parsed.verify_directly_issued_by(issuer.parsed)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
 
 
 def verify_crl(crl: RevocationList, issuer: Certificate, *, now: int, code: str, what: str) -> None:

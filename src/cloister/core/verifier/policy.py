@@ -19,7 +19,8 @@ from cloister.core.verifier.forms import FORMS, invalid
 from cloister.core.verifier.subset import require_subset
 from cloister.errors import UsageError
 
-MAX_POLICY: Final = 64 << 10  # characters of TOML
+MAX_POLICY: Final = 256 << 10  # characters of TOML
+MAX_DOTS: Final = 64  # in one line
 MAX_MEMBERS: Final = 16  # policies that one joins
 MAX_DEPTH: Final = 3  # of policies that join others
 DEFAULT_MAX_AGE: Final = 31 * 86400  # seconds; Intel's collateral is in force for 30 days
@@ -247,15 +248,7 @@ class AppraisalPolicy:
         Raises:
             UsageError: not TOML, an unknown key, a wrong type, a missing or contradictory value, or empty.
         """
-        if len(text) > MAX_POLICY:
-            raise UsageError(
-                "the policy is too long", code="policy.format", expected=MAX_POLICY, actual=len(text)
-            )
-        try:
-            table = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"the policy is not TOML: {error}"[:200], code="policy.format") from error
-        return cls.from_table(table)
+        return cls.from_table(load_toml(text, "policy"))
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> AppraisalPolicy:
@@ -320,6 +313,24 @@ class AppraisalPolicy:
                     yield f"{name} = {FORMS[name].text(value)}"
 
 
+def load_toml(text: str, what: str) -> dict[str, Any]:
+    """Parse a policy file in bounded time: dotted keys cost the parser the square of their length.
+
+    Raises:
+        UsageError: code ``policy.format``; too long, too many dots in a line, or not TOML.
+    """
+    if len(text) > MAX_POLICY:
+        raise UsageError(
+            f"the {what} is too long", code="policy.format", expected=MAX_POLICY, actual=len(text)
+        )
+    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+        raise UsageError(f"a line of the {what} has too many dots", code="policy.format", expected=MAX_DOTS)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the {what} is not TOML: {error}"[:200], code="policy.format") from error
+
+
 def AnyOf(*policies: AppraisalPolicy) -> AppraisalPolicy:  # noqa: N802  # reads as the type that it makes
     """A policy that accepts what one of these accepts."""
     return AppraisalPolicy(any_of=policies)
@@ -347,7 +358,7 @@ def _check(policy: AppraisalPolicy) -> None:
     if policy.members:
         _check_joined(policy, stated)
         return
-    if policy.tee not in CLAIMS:
+    if type(policy.tee) is not str or policy.tee not in CLAIMS:
         raise invalid("tee", ", ".join(CLAIMS), repr(policy.tee)[:40])
     names = _fields_of(policy.tee)
     for name in stated:
