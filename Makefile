@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz lock clean
+.PHONY: help demo test lint bench fuzz coverage lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,10 @@ $(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.dev
 
 fuzz: $(VENV)/.fuzz  ## fuzz every parser; TARGET=name for one, TIME=60 seconds each
 	$(BIN)/python -m fuzz $(or $(TARGET),--all) --seconds $(or $(TIME),60)
+
+coverage: $(VENV)/.dev  ## branch coverage of what parses and verifies evidence; must be 100 %
+	$(BIN)/python -m coverage run --branch --include='*/core/evidence/*,*/core/verifier/*' -m pytest -q tests/evidence tests/verifier tests/core tests/party
+	$(BIN)/python -m coverage report --show-missing --fail-under=100
 
 lock: $(VENV)/.dev  ## pin every dependency again, with hashes and no index address
 	$(BIN)/python -m pip install --quiet uv

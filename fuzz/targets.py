@@ -342,6 +342,7 @@ TARGETS: Final = MappingProxyType(
                 seeds=seeds.policies,
                 covers=(
                     "verifier.policy.AppraisalPolicy.from_toml",
+                    "verifier.policy.load_toml",
                     "verifier.policy.AppraisalPolicy.from_table",
                 ),
             ),

@@ -16,7 +16,7 @@ from cloister.core.protocol.flow import Flow, Outgoing, drive, drive_async
 from cloister.errors import TransportError, UsageError
 from cloister.net.link import Peer, Upstream
 from cloister.net.messages import Answer, Limits
-from cloister.party.wire import Wire
+from cloister.party.wire import Wire, reason_of
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class Carrier:
                     _require_size(len(body))
                 return _answer(response, body)
         except _FOREIGN as error:
-            raise _lost(error) from error
+            raise _lost(error, self._http.base_url) from error
 
     def upload(self, target: str, pieces: Any, size: int) -> Answer:
         """PUT a long body piece by piece; raises TransportError."""
@@ -86,7 +86,7 @@ class Carrier:
                 timeout=httpx.Timeout(60.0, write=60.0),
             )
         except _FOREIGN as error:
-            raise _lost(error) from error
+            raise _lost(error, self._http.base_url) from error
         return _answer(response, response.content)
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class AsyncCarrier:
                     _require_size(len(body))
                 return _answer(response, body)
         except _FOREIGN as error:
-            raise _lost(error) from error
+            raise _lost(error, self._http.base_url) from error
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -204,11 +204,11 @@ def _require_size(length: int) -> None:
         raise TransportError(claim="answer", expected=f"at most {MAX_ANSWER} B", actual="more")
 
 
-def _lost(error: Exception) -> TransportError:
+def _lost(error: Exception, url: httpx.URL) -> TransportError:
     return TransportError(
         "the service could not be reached",
         claim="connection",
-        expected="an answer",
-        actual=type(error).__name__,
+        expected=f"an answer from {str(url.copy_with(userinfo=b'')).rstrip('/')}",
+        actual=reason_of(error),
         hint="Check the URL, and that the service runs",
     )

@@ -175,7 +175,7 @@ def _amd_collateral(signed: Signed, files: list[bytes]) -> AmdCollateral:
                 "the file is too long", claim="certificate table", expected=_TABLES, actual=len(table)
             )
         parsed = CertificateTable.from_bytes(table)
-        names = ("VCEK", "VLEK", "ASK", "ASVK", "ARK")
+        names = ("VCEK", "VLEK", "ASK", "ARK")
         certificates += [
             entry if entry[:1] == b"\x30" else read_pem(entry, most=1)[0]
             for entry in map(parsed.find, names)

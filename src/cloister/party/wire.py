@@ -109,8 +109,8 @@ class Wire:
                 "the service could not be reached",
                 code="transport.connect",
                 claim="connection",
-                expected="an answer",
-                actual=type(error).__name__,
+                expected=f"an answer from {self._address[0]}:{self._address[1]}",
+                actual=reason_of(error),
                 hint=_HINT,
                 sent=False,
             ) from error
@@ -252,6 +252,23 @@ class _Connection:
         rest = self._filled - count
         self._head[:rest] = self._head[count : self._filled]
         self._filled = rest
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a connection failed, in few words: what the system said, if it is among the causes of an error."""
+    each: BaseException | None = error
+    while each is not None:
+        match each:
+            case socket.gaierror() | UnicodeError():
+                return "unknown host"
+            case ConnectionRefusedError():
+                return "connection refused"
+            case TimeoutError():
+                return "no answer in time"
+            case OSError(strerror=str(text)) if text:
+                return text
+        each = each.__cause__ or each.__context__
+    return type(error).__name__
 
 
 def _late(*, sent: bool = True) -> TransportError:
