@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from demonstration import job, refusals, sight, tampering
 from demonstration.report import Report
-from demonstration.stage import Stage, examples
+from demonstration.stage import LEASE, Stage, examples
 
 FAULTS = ("answer", "leak", "grant")  # what the tests break, to see that the line which shows it fails
 
@@ -104,7 +104,7 @@ def print_commands(console: Console, stage: Stage, sample: Path) -> None:
             [*cloister, "infer", stage.url, model, "--input", f"image={sample}", *policy, *identity],
         ),
         (
-            "take the user's grant back, and ask again",
+            f"take the user's grant back; workers follow within their lease: wait {LEASE} s, then ask again",
             [
                 *cloister,
                 "owner",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cloister.cli.verify import shown
 from cloister.core.protocol.statement import Statement
 from cloister.owner.seal import seal_model
 from demonstration.report import Failed, Report, Task
@@ -100,12 +101,12 @@ def verify(report: Report, stage: Stage) -> None:
     )
 
     def service(task: Task) -> str:
-        stage.client.verify()
+        verified = stage.client.verify()
         record = stage.client.record
         report.table(
             "Record of the verification",
             ("step", "outcome", "detail"),
-            [(step.name, step.outcome, step.detail) for step in record.steps],
+            shown(record.steps, verified),
         )
         if not record.simulated:
             raise Failed("the record does not say that the TEE is simulated")

@@ -169,6 +169,24 @@ def as_json() -> dict[str, object]:
     return {"inputs": [tensor]}
 
 
+@pytest.mark.parametrize("inputs", [None, [IMAGE], IMAGE, {1: IMAGE}])
+def test_inputs_that_are_no_arrays_by_name(theatre, inputs):
+    with client(theatre) as made, pytest.raises(UsageError) as caught:
+        made.infer(theatre.stage.model, inputs)
+    assert caught.value.code == "request.inputs"
+
+
+def test_another_datatype_is_named_as_numpy_does(theatre):
+    with client(theatre) as made, pytest.raises(InvalidRequest) as caught:
+        made.infer(theatre.stage.model, {"image": IMAGE.astype(np.float64)})
+    assert (caught.value.expected, caught.value.actual) == ("float32 (FP32)", "float64")
+    assert caught.value.hint == 'Convert the array with .astype("float32")'
+    with client(theatre) as made, pytest.raises(InvalidRequest) as caught:
+        made.infer(theatre.stage.model, {"image": IMAGE.astype(np.complex64)})
+    assert "float32" in caught.value.expected
+    assert ".astype(" in caught.value.hint
+
+
 def sdk(theatre: Theatre, **options: object) -> httpx.Client:
     return httpx.Client(transport=CloisterTransport(client(theatre, **options)), base_url="http://models")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,15 +16,23 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
 import cloister
+from cloister.core.protocol.trust import Consent, UserPolicy
+from cloister.core.verifier.anchors import split_certificates
 from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.core.verifier.chain import to_pem
+from cloister.core.verifier.claims import CLAIMS
+from cloister.core.verifier.forms import FORMS, Number, Octets, OctetSet
+from cloister.owner.policy import OPTIONS, ModelPolicy
+from cloister.sim.authority import SimulatedAuthority
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(cloister.__file__).resolve().parent
@@ -60,7 +70,7 @@ def test_links_resolve(path: Path) -> None:
 
 def test_the_readme_leads_to_every_document() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("architecture", "protocol", "threat-model", "dependencies", "errors"):
+    for name in ("architecture", "protocol", "policies", "threat-model", "dependencies", "errors"):
         assert f"(docs/{name}.md)" in readme
     for name in ("LIMITATIONS.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"):
         assert f"({name})" in readme
@@ -165,6 +175,8 @@ def exists(code: str, strings: set[str]) -> bool:
     family, _, rest = code.partition(".")
     if family == "policy":
         return rest in {field.name for field in fields(AppraisalPolicy)} | strings
+    if family == "appraisal" and rest in FORMS:
+        return True
     if family in ("appraisal", "binding"):
         return any(text.strip(" (").split("  ")[0] in (rest, rest.replace("-", " ")) for text in strings)
     return family == "http" and re.fullmatch(r"[45]\d\d", rest) is not None
@@ -185,6 +197,145 @@ def test_every_listed_code_exists() -> None:
 def test_every_code_is_listed_once() -> None:
     assert len(listed()) == len(set(listed()))
     assert sorted(raised() - set(listed())) == [], "add a line to docs/errors.md"
+
+
+# Policies
+
+
+def policies() -> str:
+    return (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+def examples_of_policies() -> list[str]:
+    """A user policy and a model policy, with a simulated platform's roots where they stand for them."""
+    found = [text for language, text in _BLOCK.findall(policies()) if language == "toml"][:2]
+    roots = "".join(map(to_pem, split_certificates(simulated_roots())))
+    return [text.replace("ROOT\n", roots) for text in found]
+
+
+@cache
+def simulated_roots() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return SimulatedAuthority.create(Path(folder), now=int(time.time())).roots_der
+
+
+def test_the_examples_of_policies_are_what_they_say() -> None:
+    user, model, *_ = examples_of_policies()
+    read = UserPolicy.from_toml(user)
+    assert UserPolicy.from_toml(read.to_toml()) == read
+    assert len(read.worker.mr_enclave) == 2
+    assert read.worker.dangerous_simulated_roots is None
+    owner = ModelPolicy.from_toml(model)
+    assert ModelPolicy.from_toml(owner.to_toml()) == owner
+    assert owner.release.dangerous_simulated_roots == simulated_roots()
+    assert owner.options.slo_ms == 50
+
+
+def test_the_full_example_has_every_key_of_an_sgx_policy() -> None:
+    release = tomllib.loads(examples_of_policies()[1])["release"]
+    assert release.keys() == {"tee", *keys_of("sgx")}
+
+
+def keys_of(tee: str) -> set[str]:
+    """Keys of an appraisal policy for one TEE."""
+    claimed = {name for claim in CLAIMS[tee] for name in claim.fields}
+    return claimed | {"max_age", "dangerous_simulated_roots"}
+
+
+def rows_of(heading: str) -> dict[str, list[str]]:
+    """Key -> cells of the tables below a heading."""
+    section = policies().split(f"# {heading}\n", 1)[1].split("\n#", 1)[0]
+    rows = re.findall(r"^\| `\[?(\w+)\]?` \| (.*) \|$", section, re.MULTILINE)
+    return {key: [cell.strip() for cell in cells.split("|")] for key, cells in rows}
+
+
+@pytest.mark.parametrize("tee", ["sgx", "tdx", "snp", "nitro"])
+def test_every_key_of_an_appraisal_policy_has_its_row(tee: str) -> None:
+    headings = {
+        "sgx": ("SGX", "SGX and TDX"),
+        "tdx": ("TDX", "SGX and TDX"),
+        "snp": ("SEV-SNP",),
+        "nitro": ("Nitro",),
+    }
+    rows = rows_of("Keys of every appraisal policy")
+    for each in headings[tee]:
+        rows |= rows_of(f"Keys for {each}")
+    assert rows.keys() == {"tee", "any_of", "all_of", *keys_of(tee)}
+    defaults = {field.name: field.default for field in fields(AppraisalPolicy)}
+    for key, cells in rows.items():
+        assert len(cells) == 4, key
+        if cells[2].startswith("`"):
+            stated = tomllib.loads(f"it = {cells[2].strip('`')}")["it"]
+            default = defaults[key]
+            assert stated == (list(default) if isinstance(default, frozenset | tuple) else default), key
+            assert type(stated) in (bool, int, list)
+        form = FORMS.get(key)
+        if isinstance(form, Number) and form.most < 1 << 64 and cells[1] != "0 to 2^64 - 1":
+            assert cells[1] == f"{form.least} to {form.most}", key
+        if isinstance(form, OctetSet | Octets):
+            assert cells[1].startswith(f"{2 * form.size} hex digits"), key
+
+
+def test_every_key_of_both_policies_has_its_row() -> None:
+    consent = {field.name for field in fields(Consent)}
+    assert rows_of("A user policy").keys() == {"service", "key_service", "worker", "consent"} | consent
+    assert rows_of("A model policy").keys() == {"release", "key_service", "options", *OPTIONS}
+
+
+# A service by hand
+
+
+@pytest.mark.timeout(180)
+def test_a_service_runs_by_hand_as_written() -> None:
+    """Each line runs until it says what stands behind it, or ends; only the port differs."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text[text.index("### By hand") :].replace(_PORT, str(_free_port()))
+    _, block = _BLOCK.findall(section)[0]
+    lines = block.splitlines()
+    assert len(lines) == 5
+    folder = Path(tempfile.mkdtemp(prefix="cloister-hand-"))
+    running = []
+    try:
+        for number, line in enumerate(lines):
+            command, _, says = line.partition("#")
+            arguments = shlex.split(command)
+            assert arguments[0] == "cloister"
+            if arguments[1] == "pool":
+                done = _run([sys.executable, "-m", "cloister.cli", *arguments[1:]], folder)
+                assert "default" in done
+                continue
+            log = folder / f"{number}.log"
+            with log.open("w") as output:
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "cloister.cli", *arguments[1:]],
+                        cwd=folder,
+                        env=_environment(),
+                        stdout=output,
+                        stderr=output,
+                    )
+                )
+            wanted = says.strip().partition("<")[0].strip()
+            assert "ready" in wanted
+            _wait_until(lambda log=log, wanted=wanted: wanted in log.read_text(), running[-1], log)
+        assert re.search(r"^default +[0-9a-f]{64} +sgx +none yet +0 +1$", done, re.MULTILINE)
+        url = json.loads((folder / "var" / "service.json").read_text())["url"]
+        command = ["verify", url, "--policy", "var/user-policy.toml", "--json"]
+        verified = json.loads(_run([sys.executable, "-m", "cloister.cli", *command], folder))
+        assert [pool["name"] for pool in verified["pools"]] == ["default"]
+        again = subprocess.run(
+            [sys.executable, "-m", "cloister.cli", "worker", "--data", "var", "--name", "w1"],
+            **{"cwd": folder, "env": _environment(), "capture_output": True, "text": True, "timeout": 30},
+            check=False,
+        )
+        assert again.returncode == 1
+        assert again.stderr.startswith("roles.running: ")
+    finally:
+        for process in reversed(running):
+            process.terminate()
+        for process in running:
+            process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # The README's example
@@ -248,8 +399,12 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    _wait_until(path.exists, process, log)
+
+
+def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + 90
-    while not path.exists():
+    while not ready():
         assert process.poll() is None, log.read_text(errors="replace")
         assert time.monotonic() < until, "the service did not come up"
         time.sleep(0.1)

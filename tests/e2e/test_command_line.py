@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -20,6 +21,15 @@ import pytest
 
 import cloister
 from cloister.cli import main
+from cloister.cli.output import report, table
+from cloister.cli.up import SETTING_HELP
+from cloister.core.protocol.configuration import SETTINGS
+from cloister.core.protocol.trust import UserPolicy
+from cloister.core.verifier.anchors import split_certificates
+from cloister.core.verifier.chain import to_pem
+from cloister.errors import AppraisalRefused
+from cloister.owner.policy import ModelPolicy
+from cloister.sim.authority import SimulatedAuthority
 from e2e.malicious import eventually
 from e2e.world import MODELS, World, processes_of
 
@@ -230,7 +240,7 @@ def test_commands_refuse_bad_files_by_name(here: Here, service: World, image: Pa
         error = here(*arguments, "--json")
         assert error.code == 1, (code, error)
         assert error.json["error"].startswith(code), (code, error)
-    assert refused("verify", url, "--policy", nan)["claim"] == "max_age"
+    assert refused("verify", url, "--policy", nan)["claim"] == "[key_service].max_age"
 
 
 def test_an_unreadable_key_file_is_refused(tmp_path: Path) -> None:
@@ -248,6 +258,10 @@ def test_an_unreadable_key_file_is_refused(tmp_path: Path) -> None:
         ("up", "--workers", "0"),
         ("up", "--workers", "many"),
         ("up", "--port", "70000"),
+        ("up", "--lease-seconds", "1"),
+        ("up", "--worker-tee", "abacus"),
+        ("gateway", "--port", "-1"),
+        ("pool", "create"),
         ("owner", "nonsense"),
         ("owner", "grant", "x"),
         ("infer", "http://127.0.0.1:9"),
@@ -296,8 +310,343 @@ def test_measure_does_not_depend_on_what_is_not_measured(here: Here, copy: Path)
     assert here("measure", "--json", "--source", copy / "cloister").json == before
 
 
+def test_measure_says_with_which_python(here: Here) -> None:
+    version = f"CPython {platform.python_version()} on "
+    assert here("measure", "--json").json["python"].startswith(version)
+    lines = here("measure").out.splitlines()
+    assert any(version in line and "differ between Python versions" in line for line in lines)
+
+
+ID = "5a" * 32
+
+
+def measured_policies(here: Here, *arguments: object) -> tuple[str, str]:
+    """The user policy and the model policy that `measure --policy` prints."""
+    out = here("measure", "--policy", *arguments).out
+    nothing, user, model = re.split(r"^# ---- .*-policy\.toml; .* ----\n\n", out, flags=re.MULTILINE)
+    assert nothing == ""
+    return user, model
+
+
+def test_measure_prints_policies_that_only_lack_the_service_id(here: Here, tmp_path: Path) -> None:
+    user, model = measured_policies(here)
+    assert user.count("SERVICE ID") == 1
+    read = UserPolicy.from_toml(re.sub(r'"SERVICE ID[^"]*"', f'"{ID}"', user))
+    assert measured_policies(here, "--service", ID)[0].rstrip() == read.to_toml().rstrip()
+    measured = here("measure", "--json").json
+    assert read.worker.mr_enclave == {bytes.fromhex(measured["worker"]["mr_enclave"])}
+    assert read.key_service.mr_enclave == {bytes.fromhex(measured["key-service"]["mr_enclave"])}
+    assert read.worker.dangerous_simulated_roots is None
+    owner = ModelPolicy.from_toml(model)
+    assert (owner.release, owner.key_service) == (read.worker, read.key_service)
+
+
+def test_measure_prints_policies_under_a_simulated_root(here: Here, tmp_path: Path) -> None:
+    roots = SimulatedAuthority.create(tmp_path, now=int(time.time())).roots_der
+    path = tmp_path / "roots.pem"
+    path.write_text("".join(map(to_pem, split_certificates(roots))))
+    printed = here("measure", "--policy", "--json", "--service", ID, "--root", path).json
+    assert UserPolicy.from_toml(printed["user_policy"]).worker.dangerous_simulated_roots == roots
+    assert ModelPolicy.from_toml(printed["model_policy"]).release.dangerous_simulated_roots == roots
+    path.write_text("no certificate")
+    assert here("measure", "--policy", "--root", path, "--json").code == 1
+    assert here("measure", "--policy", "--service", "5a", "--json").json["error"] == "policy.service"
+
+
+@pytest.mark.parametrize("tee", ["sgx", "tdx", "snp", "nitro"])
+def test_measure_compares_a_policy(here: Here, tmp_path: Path, tee: str) -> None:
+    printed = here("measure", "--policy", "--json", "--service", ID, "--tee", tee).json
+    for name, text in printed.items():
+        path = tmp_path / f"{name}.toml"
+        path.write_text(text)
+        assert here("measure", "--compare", path, "--json").json["match"] is True
+        ran = here("measure", "--compare", path)
+        assert ran.out.startswith("match: ")
+
+
+def test_measure_tells_the_first_difference(here: Here, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    user = here("measure", "--policy", "--json", "--service", ID).json["user_policy"]
+    worker = here("measure", "--json").json["worker"]["mr_enclave"]
+    for text, claim, actual in (
+        (user.replace(worker, ID), "[worker].mr_enclave", ID),
+        (
+            user.replace(f'"{worker}"', f'"{worker}", "{ID}"'),
+            "[worker].mr_enclave",
+            ", ".join(sorted((worker, ID))),
+        ),
+        (user.replace("isv_prod_id = 1", "isv_prod_id = 7"), "[key_service].isv_prod_id", "7"),
+    ):
+        path.write_text(text)
+        error = here("measure", "--compare", path, "--json")
+        assert error.code == 1
+        assert (error.json["error"], error.json["claim"]) == ("measure.difference", claim)
+        assert error.json["actual"] == actual
+    path.write_text("= no TOML")
+    assert here("measure", "--compare", path, "--json").json["error"] == "policy.format"
+
+
 def test_measure_refuses_a_folder_that_is_no_source(tmp_path: Path) -> None:
     assert refused("measure", "--source", tmp_path)["error"].startswith("measurement.")
+
+
+# The command line itself.
+
+
+def test_version(here: Here) -> None:
+    assert here("--version").out == f"cloister {cloister.__version__}\n"
+
+
+def begin(before: str, *arguments: str) -> Ran:
+    """Run ``cloister`` after some lines of Python, as a plain process."""
+    code = (
+        f"import sys\n{before}\nsys.argv = ['cloister', *{arguments}]\nfrom cloister.cli import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stdout + done.stderr
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_its_packages_the_command_line_says_what_to_install(package: str) -> None:
+    missing = f"sys.modules['{package}'] = None"
+    ran = begin(missing, "--help")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("usage.extra: ")
+    assert len(ran.err.strip().splitlines()) == 1
+    assert begin(missing, "measure", "--json").json["expected"] == package
+
+
+@pytest.mark.parametrize("package", ["numpy", "httpx", "onnxruntime", "onnx", "starlette"])
+def test_help_needs_none_of_the_heavy_packages(package: str) -> None:
+    assert begin(f"sys.modules['{package}'] = None", "--help").code == 0
+
+
+def test_a_command_without_its_package_says_what_to_install(tmp_path: Path) -> None:
+    arguments = ("infer", "http://127.0.0.1:9", "m", "--input", "a=b", "--policy", "p", "--identity", "i")
+    ran = begin("sys.modules['httpx'] = None", *arguments, "--json")
+    assert (ran.code, ran.json["error"], ran.json["expected"]) == (1, "usage.extra", "httpx")
+
+
+def test_an_interrupt_while_it_loads_leaves_no_traceback() -> None:
+    ran = begin(
+        "class Hurry:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Hurry())",
+        "--help",
+    )
+    assert (ran.code, ran.out, ran.err) == (130, "", "")
+
+
+def test_a_table_that_nobody_looks_at_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    table("Title", ("name", "value", "last"), [("a", "x" * 300, "1"), ("longer", "[red]\ny", "")])
+    assert capsys.readouterr().out.splitlines() == [
+        "Title",
+        f"name    value{' ' * 297}last",
+        f"a       {'x' * 300}  1",
+        "longer  [red] y",
+    ]
+
+
+def test_ranges_stand_in_the_help(here: Here) -> None:
+    shown = run("up", "--help").out
+    for name in SETTING_HELP:
+        _, least, most = SETTINGS[name]
+        assert f"{least}<=x<={most}" in re.sub(r"\s+", "", shown), name
+
+
+# Policies: file, section, what was meant.
+
+
+def test_an_error_of_a_policy_names_file_and_section(here: Here, tmp_path: Path) -> None:
+    printed = here("measure", "--policy", "--json", "--service", ID).json
+    user, model = printed["user_policy"], printed["model_policy"]
+    path = tmp_path / "policy.toml"
+    worker = user.index("[worker]")
+    for text, code, claim, words in (
+        (
+            user.replace("max_age", "max_agee", 1),
+            "policy.unknown-key",
+            "[key_service].max_agee",
+            "mean max_age ",
+        ),
+        (
+            user[:worker] + user[worker:].replace("max_age = ", "max_age = -"),
+            "policy.max_age",
+            "[worker].max_age",
+            "1 to ",
+        ),
+        (user.replace("service = ", "servce = ", 1), "policy.keys", "keys", "mean service "),
+        (
+            user.replace("allow_shared", "alow_shared"),
+            "policy.consent",
+            "alow_shared",
+            "mean allow_shared_pools ",
+        ),
+        (
+            user[:worker] + re.sub(r'(mr_enclave = \[")..', r"\1", user[worker:]),
+            "policy.mr_enclave",
+            "[worker].mr_enclave",
+            "expected 64 hex digits, found 62 characters: ",
+        ),
+    ):
+        path.write_text(text)
+        error = here("verify", "http://127.0.0.1:9", "--policy", path)
+        assert error.code == 1
+        assert error.err.startswith(f"{code}: {path}: ")
+        assert claim in error.err
+        assert words in error.err
+    desk = ("--desk", tmp_path / "desk")
+    assert here("owner", "init", *desk).code == 0
+    for text, words in (
+        (model.replace("slo_ms = 0", 'slo_ms = "0"'), "found '0'"),
+        (model.replace('"none"', '"cross-user"'), 'expected "none", which is all that this version serves'),
+        (model.replace("slo_ms", "slo"), "mean slo_ms "),
+    ):
+        path.write_text(text)
+        error = here(
+            "owner", "publish", "x", "http://127.0.0.1:9", "--policy", path, "--service-policy", path, *desk
+        )
+        assert error.err.startswith(f"policy.options: {path}: [options].")
+        assert words in error.err
+
+
+def test_other_code_is_pointed_out(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    for code, claim, hinted in (
+        ("appraisal.mr_enclave", "mr_enclave", True),
+        ("appraisal.not-subset", "mr_enclave", True),
+        ("appraisal.pcr0", "pcr0", True),
+        ("appraisal.not-subset", "max_age", False),
+        ("appraisal.isv_svn", "isv_svn", False),
+    ):
+        report(AppraisalRefused(code=code, claim=claim), as_json=False)
+        assert ("cloister measure" in capsys.readouterr().err) is hinted
+
+
+def test_a_connection_error_says_where_and_why(here: Here, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(here("measure", "--policy", "--json", "--service", ID).json["user_policy"])
+    error = here("verify", "http://127.0.0.1:9", "--policy", path, "--json").json
+    assert error["expected"] == "an answer from http://127.0.0.1:9"
+    assert error["actual"] == "connection refused"
+
+
+def test_an_array_of_objects_is_named(here: Here, tmp_path: Path) -> None:
+    path, policy = tmp_path / "objects.npy", tmp_path / "policy.toml"
+    np.save(path, np.array([{}], dtype=object))
+    policy.write_text(here("measure", "--policy", "--json", "--service", ID).json["user_policy"])
+    arguments = ("--policy", policy, "--identity", tmp_path / "none")
+    error = here("infer", "http://127.0.0.1:9", "m", "--input", f"a={path}", *arguments, "--json").json
+    assert "dtype object" in error["actual"]
+    assert ".astype" in error["hint"]
+
+
+def test_a_folder_is_no_model(here: Here, tmp_path: Path) -> None:
+    desk = ("--desk", tmp_path / "desk")
+    assert here("owner", "init", *desk).code == 0
+    error = here("owner", "seal", "d", ".", *desk, "--json").json
+    assert (error["error"], error["actual"]) == ("model.file", str(Path.cwd()))
+
+
+# Roles and pools.
+
+
+def test_a_role_refuses_a_directory_where_no_service_is(here: Here, tmp_path: Path) -> None:
+    for arguments in (("worker",), ("pool", "list"), ("pool", "create", "x")):
+        error = run(*arguments, "--data", tmp_path / "typo")
+        assert error.code == 1
+        assert error.err.startswith("site.service: ")
+        assert "Check --data" in error.err
+        assert not (tmp_path / "typo").exists()
+    error = run("worker", "--settings", '{"lease_seconds": 1}', "--data", tmp_path / "typo")
+    assert error.code == 1
+    assert "lease_seconds" in error.err
+
+
+def test_a_second_process_of_a_role_is_refused(service: World) -> None:
+    data = ("--data", service.site.root)
+    for arguments in (("gateway", "--port", "0"), ("keyservice",), ("worker", "--name", "worker-2")):
+        error = run(*arguments, *data)
+        assert error.code == 1
+        assert error.err.startswith("roles.running: ")
+    assert run("worker", "--name", "new", "--pool", "absent", *data).err.startswith("file.read: ")
+
+
+def test_roles_say_that_they_are_ready(service: World) -> None:
+    def log(name: str) -> str:
+        return (service.site.root / "logs" / f"{name}.log").read_text()
+
+    assert f"gateway ready at {service.url}\n" in log("gateway")
+    eventually(
+        lambda: f"key service ready: service {service.user_policy.service.hex()}\n" in log("key-service"),
+        "it",
+    )
+    assert f"worker-2 ready: registered in pool default ({service.pool.hex()})\n" in log("worker-2")
+
+
+def test_the_operator_makes_a_pool_for_a_second_owner(service: World, tmp_path: Path) -> None:
+    data = ("--data", service.site.root)
+    desk = ("--desk", tmp_path / "desk")
+    owner = run("owner", "init", *desk, "--json").json["owner"]
+    before = service.site.user_policy.read_text()
+    made = run("pool", "create", "of-the-second", "--owner", owner, *data, "--json").json
+    assert made == {"pool": made["pool"], "name": "of-the-second", "owner": owner}
+    assert run("pool", "create", "of-the-second", "--owner", owner, *data, "--json").json == made
+    assert service.site.user_policy.read_text() == before
+    pools = {pool["name"]: pool for pool in run("pool", "list", *data, "--json").json["pools"]}
+    assert pools["of-the-second"] == {**made, "tee": "sgx", "models": [], "workers": 0}
+    assert pools["default"]["workers"] == 2
+    assert pools["default"]["owner"] == service.desk.owner.hex()
+    assert made["pool"] in run("pool", "list", *data).out
+    assert run("owner", "seal", "digits", MODELS / "digits.onnx", *desk).code == 0
+    sealed = run("owner", "list", *desk, "--json").json["models"]
+    assert [(each["name"], each["version"], each["grants"]) for each in sealed] == [("digits", None, [])]
+    policy = ("--policy", service.site.model_policy, "--service-policy", service.site.user_policy)
+    assert run("owner", "publish", "digits", service.url, *policy, *desk).code == 0  # to its own pool
+    (published,) = run("owner", "list", *desk, "--json").json["models"]
+    assert (published["pool"], published["version"]) == (made["pool"], 1)
+    assert published["service"] == service.user_policy.service.hex()
+
+
+def test_owner_list_shows_grants_and_when_they_end(service: World) -> None:
+    desk = ("--desk", service.desk.directory)
+    models = {each["name"]: each for each in run("owner", "list", *desk, "--json").json["models"]}
+    user = service.user.user_id(service.desk.owner).hex()
+    assert user in [grant["user"] for grant in models["digits"]["grants"]]
+    lines = run("owner", "list", *desk).out.splitlines()
+    assert any(re.search(rf"^digits +{user} +20\d\d-\d\d-\d\dT\S+Z +granted$", line) for line in lines)
+
+
+def test_describe_names_inputs_and_outputs(service: World) -> None:
+    arguments = ("--policy", service.site.user_policy, "--identity", service.root / "user" / "user.identity")
+    found = run("describe", service.url, service.model("digits"), *arguments, "--json").json
+    assert found["inputs"] == [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]
+    assert [each["name"] for each in found["outputs"]] == ["probabilities"]
+    shown = run("describe", service.url, service.model("digits"), *arguments).out
+    assert re.search(r"^image +FP32 +float32 +any x 1 x 8 x 8$", shown, re.MULTILINE)
+
+
+def test_another_datatype_is_named_as_numpy_does(service: World, tmp_path: Path) -> None:
+    path = tmp_path / "double.npy"
+    np.save(path, np.zeros((1, 1, 8, 8)))
+    arguments = ("--policy", service.site.user_policy, "--identity", service.root / "user" / "user.identity")
+    error = run(
+        "infer", service.url, service.model("digits"), "--input", f"image={path}", *arguments, "--json"
+    )
+    assert error.json["expected"] == "float32 (FP32)"
+    assert error.json["actual"] == "float64"
+    assert '.astype("float32")' in error.json["hint"]
+
+
+def test_verify_shows_dates_and_words(service: World) -> None:
+    out = run("verify", service.url, "--policy", service.site.user_policy).out
+    date = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    assert re.search(rf"^valid until +ok +{date}$", out, re.MULTILINE)
+    assert re.search(rf"^validity +ok +{date} to {date}$", out, re.MULTILINE)
+    assert re.search(r"^simulated +ok +yes$", out, re.MULTILINE)
+    assert re.search(r"^debug +ok +no$", out, re.MULTILINE)
 
 
 # ``cloister up``.
@@ -356,9 +705,11 @@ def test_up_refuses_a_port_that_is_taken(service: World, folder: Callable[[str],
     started = time.monotonic()
     error = run("up", "--json", "--data", data, "--port", port)
     assert error.code == 1
-    assert error.json["error"] == "up.start"
+    assert error.json["error"] == "net.listen"
+    assert "--port 0" in error.json["hint"]
     assert time.monotonic() - started < 20
-    eventually(lambda: not processes_of(data), "every process ended")
+    assert not processes_of(data)
+    assert not data.exists()
 
 
 def test_up_refuses_a_data_directory_that_is_a_file(tmp_path: Path) -> None:

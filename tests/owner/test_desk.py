@@ -205,12 +205,12 @@ def test_policy_round_trip():
         ("release = 1\nkey_service = 2\n", "policy.format"),
         ("[release]\n[key_service]\n", "policy.empty"),
         (TEXT.replace("slo_ms = 50", "slo = 50"), "policy.options"),
-        (TEXT.replace("slo_ms = 50", "slo_ms = -1"), "usage"),
-        (TEXT.replace("slo_ms = 50", "slo_ms = 1.5"), "usage"),
-        (TEXT.replace("slo_ms = 50", "slo_ms = nan"), "usage"),
-        (TEXT.replace("slo_ms = 50", 'slo_ms = "50"'), "usage"),
-        (TEXT.replace('batching = "none"', "batching = []"), "usage"),
-        (TEXT.replace('batching = "none"', 'batching = "all"'), "usage"),
+        (TEXT.replace("slo_ms = 50", "slo_ms = -1"), "policy.options"),
+        (TEXT.replace("slo_ms = 50", "slo_ms = 1.5"), "policy.options"),
+        (TEXT.replace("slo_ms = 50", "slo_ms = nan"), "policy.options"),
+        (TEXT.replace("slo_ms = 50", 'slo_ms = "50"'), "policy.options"),
+        (TEXT.replace('batching = "none"', "batching = []"), "policy.options"),
+        (TEXT.replace('batching = "none"', 'batching = "all"'), "policy.options"),
         (TEXT.replace('batching = "none"', 'batching = "cross-user"'), "policy.options"),
         (TEXT.replace('isolation = "shared"', 'isolation = "strict"'), "policy.options"),
         (TEXT.replace("max_age = ", "max_age = inf #"), "policy.max_age"),
@@ -222,6 +222,21 @@ def test_policy_round_trip():
 )
 def test_a_file_that_is_no_policy(text, code):
     refused(code, lambda: ModelPolicy.from_toml(text))
+
+
+@pytest.mark.parametrize(
+    ("stated", "claim", "expected", "actual"),
+    [
+        ('slo_ms = "50"', "[options].slo_ms", "a whole number of milliseconds, 0 to 3600000", "'50'"),
+        ('batching = "all"', "[options].batching", '"none", which is all that this version serves', "'all'"),
+        ("slo = 50", "[options].slo", "slo_ms, batching, isolation", "'slo'"),
+    ],
+)
+def test_an_option_that_is_not_served_is_named(stated, claim, expected, actual):
+    text = TEXT[: TEXT.index("[options]")] + f"[options]\n{stated}\n"
+    with pytest.raises(UsageError) as caught:
+        ModelPolicy.from_toml(text)
+    assert (caught.value.claim, caught.value.expected, caught.value.actual) == (claim, expected, actual)
 
 
 @given(st.text(max_size=60))

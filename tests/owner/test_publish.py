@@ -168,7 +168,14 @@ def test_another_owner_s_pool(office):
     refused(AccessRefused, "access.pool", lambda: office.publish(pool=theirs.id))
 
 
+def test_an_owner_s_only_pool_need_not_be_named(office):
+    assert len(office.theatre.realm.service.log.state.pools) == 2  # the other one belongs to somebody else
+    office.publish(pool=None)
+    assert office.desk.model("digits").pool == office.pool.id
+
+
 def test_a_pool_that_must_be_named(office):
+    office.create(Pool(name="another", policy=policy(WORKER)))
     error = refused(UsageError, "owner.pool", lambda: office.publish(pool=None))
     assert office.pool.id.hex() in error.expected
 

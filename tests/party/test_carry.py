@@ -21,7 +21,7 @@ from cloister.errors import TransportError, UsageError
 from cloister.net.front import serve
 from cloister.net.messages import Answer, Head, Limits
 from cloister.party.carry import MAX_ANSWER, AsyncCarrier, Carrier
-from cloister.party.wire import Wire
+from cloister.party.wire import Wire, reason_of
 
 FIELDS = ((b"content-type", b"message/ohttp-req"),)
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: a/b\r\ncontent-length: 3\r\n\r\nabc"
@@ -382,7 +382,26 @@ def test_tls_and_passwords_are_httpx_work(url: str) -> None:
         pytest.raises(TransportError) as caught,
     ):
         made.send(Post())
-    assert caught.value.actual == "ConnectError"
+    assert caught.value.actual == "connection refused"
+    assert "://127.0.0.1:" in caught.value.expected  # without the password
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionRefusedError(111, "x"), "connection refused"),
+        (socket.gaierror(-2, "x"), "unknown host"),
+        (TimeoutError("timed out"), "no answer in time"),
+        (OSError(101, "Network is unreachable"), "Network is unreachable"),
+        (OSError("without a number"), "OSError"),
+        (RuntimeError("x"), "RuntimeError"),
+    ],
+)
+def test_the_reason_of_a_lost_connection_is_said(error: Exception, reason: str) -> None:
+    assert reason_of(error) == reason
+    outer = httpx.ConnectError("x")
+    outer.__cause__ = error
+    assert reason_of(outer) == ("ConnectError" if reason == type(error).__name__ else reason)
 
 
 def test_a_closed_carrier_says_so() -> None:

@@ -63,7 +63,9 @@ def test_unknown_key():
     assert invalid(VALID + "mr_enclaves = []") == "policy.unknown-key"
 
 
-@pytest.mark.parametrize("text", ["a." * 99 + "a = 1", "x" * 300_000, "tee = ", "tee = 'sgx'\ntee = 'sgx'", "x" * 70000, "\0"])
+@pytest.mark.parametrize(
+    "text", ["a." * 99 + "a = 1", "x" * 300_000, "tee = ", "tee = 'sgx'\ntee = 'sgx'", "x" * 70000, "\0"]
+)
 def test_file_that_is_not_toml(text):
     assert invalid(text) == "policy.format"
 

@@ -1,53 +1,47 @@
-"""The command line: one file per command group; heavy imports happen inside the commands."""
+"""The command line: `main` is its entry point, `cloister.cli.app` says which commands there are."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Final
 
-import typer
-
-from cloister.cli import collateral, evidence, infer, measure, owner, roles, up, user, verify
-from cloister.cli.output import report
 from cloister.errors import CloisterError, UsageError
-
-app: Final = typer.Typer(
-    name="cloister",
-    help="Confidential inference: sealed models, sealed requests, attested enclaves, untrusted hosts.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("up")(up.up)
-app.command("measure")(measure.measure)
-app.command("verify")(verify.verify)
-app.command("infer")(infer.infer)
-app.add_typer(owner.app, name="owner")
-app.add_typer(user.app, name="user")
-app.add_typer(evidence.app, name="evidence")
-app.add_typer(collateral.app, name="collateral")
-app.command("gateway", rich_help_panel="Roles (what `up` starts)")(roles.gateway)
-app.command("keyservice", rich_help_panel="Roles (what `up` starts)")(roles.keyservice)
-app.command("worker", rich_help_panel="Roles (what `up` starts)")(roles.worker)
 
 
 def main() -> None:
     """Run one command. Refusals and bad input exit 1 with one line (or ``--json``), wrong usage exits 2."""
+    as_json = "--json" in sys.argv
     try:
+        # Imported in here: a package may be missing, and whoever is in a hurry interrupts while it loads.
+        from cloister.cli.app import app
+
         app()
     except CloisterError as error:
-        report(error, as_json="--json" in sys.argv)
+        from cloister.cli.output import report
+
+        report(error, as_json=as_json)
         sys.exit(1)
     except ModuleNotFoundError as error:
-        missing = UsageError(
-            "this command needs a package that is not installed",
-            code="usage.extra",
-            claim="package",
-            expected=error.name,
-            actual="none",
-            hint="Install cloister[all]",
-        )
-        report(missing, as_json="--json" in sys.argv)
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "cloister"):  # none that could be installed
+            raise
+        _report_missing(package, as_json=as_json)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _report_missing(package: str, *, as_json: bool) -> None:
+    """As `output.report`, without what that imports: it may be just what is missing."""
+    error = UsageError(
+        "this command needs a package that is not installed",
+        code="usage.extra",
+        claim="package",
+        expected=package,
+        actual="none",
+        hint="Install cloister[all], or the extras that the README names",
+    )
+    if as_json:
+        print(json.dumps(error.to_dict()))
+    else:
+        print(f"{error.code}: {error}", file=sys.stderr)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from zipfile import BadZipFile
 
-import numpy as np
 import typer
 
-from cloister.cli.output import print_json, read_text, table
+from cloister.cli.output import print_json, table
+from cloister.cli.policies import read_user_policy
 from cloister.cli.verify import AsJson, PolicyFile, Url
-from cloister.client.client import Client
-from cloister.client.identity import Identity
-from cloister.core.protocol.trust import UserPolicy
 from cloister.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def infer(
@@ -34,8 +34,11 @@ def infer(
     as_json: AsJson = False,
 ) -> None:
     """Verify the service, send one sealed request, print or write the outputs."""
+    from cloister.client.client import Client
+    from cloister.client.identity import Identity
+
     arrays = _read_inputs(inputs)
-    user = UserPolicy.from_toml(read_text(policy, "user policy"))
+    user = read_user_policy(policy)
     memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
     with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
         outputs = client.infer(model, arrays)
@@ -61,6 +64,8 @@ def infer(
 
 
 def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:
+    import numpy as np
+
     try:
         # outputs are the user's secret: nobody else on this machine may read the file
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -73,6 +78,8 @@ def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:
 
 def _plain(array: np.ndarray) -> object:
     """An array as lists; strings, which travel as bytes, as text."""
+    import numpy as np
+
     if array.dtype.kind == "O":
         array = np.array(
             [
@@ -97,21 +104,32 @@ def _read_inputs(texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def _read_input(text: str) -> tuple[str, np.ndarray]:
+    import numpy as np
+
     name, equals, path = text.partition("=")
     if not equals or not name:
         raise UsageError(code="infer.input", claim="--input", expected="NAME=FILE.npy", actual=text[:200])
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not an array"
-        raise UsageError(
-            "the input can't be read",
-            code="infer.input",
-            claim=name,
-            expected="a .npy file",
-            actual=f"{path}: {reason}",
-            hint="Write one with: numpy.save(FILE, ARRAY)",
-        ) from error
+        raise _unreadable(name, path, error) from error
     if not isinstance(array, np.ndarray):
         raise UsageError(code="infer.input", claim=name, expected="a .npy file", actual=f"{path}: an archive")
     return name, array
+
+
+def _unreadable(name: str, path: str, error: Exception) -> UsageError:
+    reason, hint = "not an array", "Write one with: numpy.save(FILE, ARRAY)"
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    elif "Object arrays" in str(error):  # NumPy's words for what it would have to unpickle
+        reason = "an array of Python objects (dtype object)"
+        hint = 'Save numbers with .astype("float32") or the like, and text with .astype("S") or .astype("U")'
+    return UsageError(
+        "the input can't be read",
+        code="infer.input",
+        claim=name,
+        expected="a .npy file of numbers or text",
+        actual=f"{path}: {reason}",
+        hint=hint,
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,16 +15,30 @@ from rich.table import Table
 from cloister.errors import CloisterError, UsageError
 from cloister.party import files
 
-console = Console(highlight=False)
+MEASURED: Final = frozenset(
+    {"mr_enclave", "mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "measurement", "pcr0", "pcr1", "pcr2"}
+)
+
+console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def report(error: CloisterError, *, as_json: bool) -> None:
     """Print an error: one line on standard error, or one JSON object on standard output."""
+    if not error.hint and _is_other_code(error):
+        error.hint = "The other side runs other code than the policy names; compare with `cloister measure`"
     if as_json:
         print_json(error.to_dict())
     else:
         errors.print(f"[red]{escape(error.code)}[/red]: {escape(str(error))}")
+
+
+def _is_other_code(error: CloisterError) -> bool:
+    """Whether it was refused for what an enclave measures, or for what a pool lets its workers measure."""
+    family, _, claim = error.code.partition(".")
+    return family == "appraisal" and (
+        claim in MEASURED or (claim == "not-subset" and error.claim in MEASURED)
+    )
 
 
 def print_json(value: Any) -> None:
@@ -32,13 +47,34 @@ def print_json(value: Any) -> None:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table."""
+    """Print a table; where nobody looks, as aligned lines that are whole, so that grep finds them."""
+    heads, cells = list(columns), [[str(cell) for cell in row] for row in rows]
+    if not console.is_terminal:
+        print("\n".join([title, *_lines([heads, *cells])]))
+        return
     shown = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
-    for column in columns:
+    for column in heads:
         shown.add_column(column, overflow="fold")
-    for row in rows:
-        shown.add_row(*(escape(str(cell)) for cell in row))
-    console.print(shown)
+    for row in cells:
+        shown.add_row(*map(escape, row))
+    console.print(shown, soft_wrap=False)
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    """Rows as lines: columns two spaces apart, each as wide as its widest cell; the last as long as it is."""
+    rows = [[" ".join(cell.splitlines()) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def time_text(seconds: int) -> str:
+    """Unix seconds as ISO 8601, or as they are where no calendar has them."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return str(seconds)
 
 
 def read_text(path: Path, what: str) -> str:

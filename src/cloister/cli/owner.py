@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress as ProgressBar
 
-from cloister.cli.output import console, print_json, read_text
+from cloister.cli.output import console, print_json, table, time_text
+from cloister.cli.policies import read_model_policy, read_user_policy
 from cloister.core.protocol.statement import Statement
-from cloister.core.protocol.trust import UserPolicy, hex_digest
-from cloister.owner.desk import Desk
-from cloister.owner.policy import ModelPolicy
-from cloister.owner.publish import Publisher
-from cloister.owner.seal import seal_model
+from cloister.core.protocol.trust import hex_digest
+from cloister.errors import UsageError
+from cloister.owner.desk import Desk, DeskModel
+
+if TYPE_CHECKING:
+    from cloister.owner.publish import Publisher
 
 app = typer.Typer(help="The owner's desk.", no_args_is_help=True)
 DeskDir = Annotated[Path, typer.Option("--desk", help="The owner's desk (a folder with secrets).")]
@@ -53,7 +55,17 @@ def seal(
     as_json: AsJson = False,
 ) -> None:
     """Check a model, seal it under a fresh key, keep the key on the desk."""
+    from cloister.owner.seal import seal_model
+
     opened = Desk.open(desk)
+    if model.is_dir():
+        raise UsageError(
+            "the model is a folder",
+            code="model.file",
+            claim="model",
+            expected="an .onnx file",
+            actual=str(model.absolute()),
+        )
     target = output or desk / f"{name}.sealed"
     with _bar("sealing", quiet=as_json) as progress:
         kept = seal_model(opened, name, model, target, progress=progress)
@@ -77,13 +89,13 @@ def publish(
         Path | None, typer.Option("--sealed", help="The sealed file; by default NAME.sealed on the desk.")
     ] = None,
     pool: Annotated[
-        str | None, typer.Option(help="Pool id (64 hex digits); by default the only one.")
+        str | None, typer.Option(help="Pool id (64 hex digits); by default the owner's own, or the only one.")
     ] = None,
     desk: DeskDir = Path("owner"),
     as_json: AsJson = False,
 ) -> None:
     """Verify the service, upload the sealed model, publish the next signed statement."""
-    model_policy = ModelPolicy.from_toml(read_text(policy, "model policy"))
+    model_policy = read_model_policy(policy)
     with _publisher(desk, url, service_policy) as publisher, _bar("uploading", quiet=as_json) as progress:
         statement = publisher.publish(
             name,
@@ -126,8 +138,48 @@ def revoke(
     _print_statement(statement, as_json=as_json)
 
 
+@app.command("list")
+def list_models(desk: DeskDir = Path("owner"), as_json: AsJson = False) -> None:
+    """List the models on the desk: what was published last where, and who is granted what until when."""
+    opened = Desk.open(desk)
+    models = [_facts(opened, opened.model(name)) for name in opened.models()]
+    if as_json:
+        print_json({"owner": opened.owner.hex(), "models": models})
+        return
+    table(
+        f"Models of owner {opened.owner.hex()}",
+        ("name", "version", "service", "pool", "grants"),
+        [
+            (m["name"], m["version"] or "sealed only", m["service"] or "", m["pool"] or "", len(m["grants"]))
+            for m in models
+        ],
+    )
+    now = int(time.time())
+    grants = [
+        (m["name"], each["user"], time_text(each["expiry"]), "granted" if each["expiry"] > now else "over")
+        for m in models
+        for each in m["grants"]
+    ]
+    table("Grants", ("model", "user", "until", "state"), grants)
+
+
+def _facts(desk: Desk, model: DeskModel) -> dict[str, Any]:
+    statement = model.current()
+    grants = sorted(statement.grants.items(), key=lambda each: each[1]) if statement else []
+    return {
+        "name": model.name,
+        "model": desk.model_id(model.name),
+        "version": statement.version if statement else None,
+        "service": statement.service.hex() if statement else None,
+        "pool": model.pool.hex() if model.pool else None,
+        "grants": [{"user": user.hex(), "expiry": expiry} for user, expiry in grants],
+    }
+
+
 def _publisher(desk: Path, url: str, service_policy: Path) -> Publisher:
-    trusted = UserPolicy.from_toml(read_text(service_policy, "service policy"))
+    from cloister.owner.publish import Publisher
+
+    trusted = read_user_policy(service_policy, "service policy")
     return Publisher(Desk.open(desk), url, service=trusted.service, key_service=trusted.key_service)
 
 

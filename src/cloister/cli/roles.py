@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import fcntl
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,15 +20,21 @@ from typing import Annotated, Final
 
 import typer
 
+from cloister.cli.pool import Tee, require_same_service
 from cloister.cli.site import Site, reference_policy
+from cloister.core.identity import thumbprint
 from cloister.core.protocol.configuration import EnclaveConfiguration
-from cloister.core.protocol.pool import require_name
-from cloister.errors import Unavailable, UsageError
+from cloister.core.protocol.document import SignedDocument
+from cloister.core.protocol.pool import Pool, require_name
+from cloister.errors import CloisterError, Unavailable, UsageError
 from cloister.net.link import Peer, Upstream
 from cloister.net.loop import run
 from cloister.net.messages import Limits
 
 _PR_SET_PDEATHSIG: Final = 1
+PORT: Final = 8440
+_LEFTOVER: Final = 15.0  # seconds that a role of an earlier `cloister up` may take to end
+_POLL: Final = 0.2  # seconds
 _FORWARD_TIMEOUT: Final = 30.0  # seconds
 BASE_MEMORY: Final = 1 << 30  # bytes that an enclave needs beside its models
 MAX_BLOBS: Final = 256 << 30  # bytes
@@ -39,16 +48,20 @@ Follow = Annotated[
 def gateway(
     data: Data = Path("var"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port; 0 picks one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 picks one.")] = PORT,
     capture: Annotated[Path | None, typer.Option(help="Append every byte seen to this file.")] = None,
-    max_body: Annotated[int, typer.Option(help="Largest encapsulated request, in bytes.")] = 64 << 20,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest encapsulated request, in bytes.")] = 64 << 20,
     follow: Follow = 0,
 ) -> None:
     """Run the gateway: the HTTP front door, which sees ciphertext only."""
     from cloister.host.gateway.server import Gateway
     from cloister.host.store.blobs import BlobStore
 
-    site = _prepare(data, follow=follow)
+    site = Site(data.absolute())
+    if not site.root.exists():  # a refusal leaves no new folder behind
+        require_free(host, port)
+    _prepare(site, "gateway", follow=follow)
+    require_free(host, port)
 
     async def main() -> None:
         server = Gateway(
@@ -61,7 +74,9 @@ def gateway(
             limits=Limits(max_body=max_body),
         )
         async with server:
-            site.write_facts(url=f"http://{host}:{server.port}")
+            url = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+            site.write_facts(url=url)
+            logging.info("gateway ready at %s", url)
             await _until_told()
 
     run(main())
@@ -74,11 +89,11 @@ def keyservice(
     follow: Follow = 0,
 ) -> None:
     """Run a key service enclave on this host (simulated TEE)."""
-    site = _prepare(data, follow=follow)
-    configuration = EnclaveConfiguration(
-        role="key-service", anchor_roots=_root(site), settings=_settings(settings)
-    )
-    _run_enclave(site, "key-service", "key-service", "key-service", configuration, source)
+    numbers = _settings(settings)
+    site = Site(data.absolute())
+    _prepare(site, "key-service", follow=follow)
+    configuration = EnclaveConfiguration(role="key-service", anchor_roots=site.roots(), settings=numbers)
+    _run_enclave(site, "key-service", None, configuration, source)
 
 
 def worker(
@@ -86,7 +101,7 @@ def worker(
     name: Annotated[str, typer.Option(help="Name of this worker on its host.")] = "worker-1",
     pool: Annotated[str, typer.Option(help="Name of the pool that it joins.")] = "default",
     settings: Annotated[str, typer.Option(help="JSON object of enclave settings.")] = "{}",
-    tee: Annotated[str, typer.Option(help="TEE to simulate: sgx, tdx, snp or nitro.")] = "sgx",
+    tee: Annotated[Tee, typer.Option(help="TEE to simulate.")] = "sgx",
     source: Annotated[Path | None, typer.Option(hidden=True)] = None,
     follow: Follow = 0,
 ) -> None:
@@ -94,24 +109,26 @@ def worker(
     from cloister.sim.measurement import measure
 
     require_name(name, "worker name")
-    site = _prepare(data, follow=follow)
-    root, definition = _root(site), site.read_pool(pool)
+    numbers = _settings(settings)
+    site = Site(data.absolute())
+    service, definition = site.service(), site.read_pool(pool)  # before anything is made there
+    _prepare(site, name, follow=follow)
+    root = site.roots()
     configuration = EnclaveConfiguration(
         role="worker",
         anchor_roots=root,
-        service=site.service(),
+        service=service,
         pool=definition,
         key_service=reference_policy(measure("key-service"), root),
-        settings=_settings(settings),
+        settings=numbers,
     )
-    _run_enclave(site, "worker", name, definition.id.hex(), configuration, source, tee)
+    _run_enclave(site, name, definition, configuration, source, tee)
 
 
 def _run_enclave(
     site: Site,
-    role: str,
     name: str,
-    pool: str,
+    pool: Pool | None,
     configuration: EnclaveConfiguration,
     source: Path | None,
     tee: str = "sgx",
@@ -125,6 +142,7 @@ def _run_enclave(
     from cloister.sim.platform import SimulatedPlatform
     from cloister.sim.sandbox import Sandbox
 
+    role = configuration.role
     authority = SimulatedAuthority.open_or_create(site.authority, now=int(time.time()))
     platform = SimulatedPlatform(authority, Sandbox.detect(), tee=tee)
     logging.info("%s", platform.announcement)
@@ -156,14 +174,22 @@ def _run_enclave(
             await stack.enter_async_context(aclosing(gateway))
             stack.push_async_callback(launcher.stop)
             await launcher.start()
+            if role == "key-service":
+                announcing = asyncio.create_task(_announce(site, _fetch(gateway)))
+                stack.callback(announcing.cancel)
             await _until_told()
 
     run(main())
 
 
-def _registration(admin: Upstream, name: str, pool: str) -> Callable[[Path], Awaitable[None]]:
-    async def register(socket: Path) -> None:
-        body = json.dumps({"pool": pool, "socket": str(socket)}).encode()
+def _registration(admin: Upstream, name: str, pool: Pool | None) -> Callable[[Path], Awaitable[None]]:
+    """Registers an enclave at the gateway, and says so once. A key service has no pool."""
+    pool_id = "key-service" if pool is None else pool.id.hex()
+    said = False
+
+    async def register(enclave: Path) -> None:
+        nonlocal said
+        body = json.dumps({"pool": pool_id, "socket": str(enclave)}).encode()
         fields = ((b"content-type", b"application/json"),)
         answer = await admin.request(b"PUT", f"/workers/{name}".encode(), fields, body, timeout=5.0)
         if answer.status >= 300:
@@ -174,8 +200,28 @@ def _registration(admin: Upstream, name: str, pool: str) -> Callable[[Path], Awa
                 expected="status 204",
                 actual=answer.status,
             )
+        if pool is not None and not said:
+            logging.info("%s ready: registered in pool %s (%s)", name, pool.name, pool_id)
+            said = True
 
     return register
+
+
+async def _announce(site: Site, fetch: Callable[[], Awaitable[tuple[int, str, bytes]]]) -> None:
+    """Say and keep the service id, as soon as the gateway hands out the first document."""
+    while True:
+        with contextlib.suppress(CloisterError):  # the gateway may not be there yet
+            status, _, body = await fetch()
+            if status == 200:
+                break
+        await asyncio.sleep(_POLL)
+    try:
+        found = thumbprint(SignedDocument.from_bytes(body).key)
+        require_same_service(site.read_facts().get("service"), found)
+        site.write_facts(service=found.hex())
+        logging.info("key service ready: service %s", found.hex())
+    except (CloisterError, OSError) as error:
+        logging.error("the service id is not kept: %s", error)
 
 
 def _forward(gateway: Upstream) -> Callable[[Mapping[str, str], bytes], Awaitable[tuple[int, str, bytes]]]:
@@ -195,12 +241,6 @@ def _fetch(gateway: Upstream) -> Callable[[], Awaitable[tuple[int, str, bytes]]]
     return fetch
 
 
-def _root(site: Site) -> bytes:
-    from cloister.sim.authority import SimulatedAuthority
-
-    return SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).roots_der
-
-
 def _settings(text: str) -> dict[str, int]:
     try:
         settings = json.loads(text)
@@ -208,10 +248,34 @@ def _settings(text: str) -> dict[str, int]:
         raise UsageError("the settings are not JSON", code="settings.format", claim="--settings") from error
     if not isinstance(settings, dict):
         raise UsageError("the settings are no JSON object", code="settings.format", claim="--settings")
-    return settings
+    return EnclaveConfiguration(role="key-service", anchor_roots=None, settings=settings).settings
 
 
-def _prepare(data: Path, *, follow: int) -> Site:
+def require_free(host: str, port: int) -> None:
+    """Refuse an address that can't be listened on, before anything starts; raises UsageError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        socket.create_server(address[:2], family=family).close()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"can't listen on {host}:{port}",
+            code="net.listen",
+            claim="address",
+            expected="an address of this host and a free port",
+            actual=_reason(error),
+            hint="Stop what listens there, or use --port 0, which picks a free port",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
+        return os.strerror(error.errno)  # asyncio and socket add where, which is said already
+    return "unknown address"
+
+
+def _prepare(site: Site, name: str, *, follow: int) -> None:
     """Set up one role's process: quiet logs, the data directory, an end together with its parent."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -221,9 +285,30 @@ def _prepare(data: Path, *, follow: int) -> Site:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != follow:  # it ended while this process was still starting
             sys.exit(1)
-    site = Site(data.absolute())
     site.make()
-    return site
+    _claim(site, name, patience=_LEFTOVER if follow else 0.0)
+
+
+def _claim(site: Site, name: str, *, patience: float) -> None:
+    """Be the only process of this role and name here, until this process ends; raises UsageError."""
+    descriptor = os.open(site.lock_file(name), os.O_RDWR | os.O_CREAT, 0o600)
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if time.monotonic() < until:
+                time.sleep(_POLL)
+                continue
+            raise UsageError(
+                f"{name} runs in this data directory already",
+                code="roles.running",
+                claim=name,
+                expected="one process of this role and name",
+                actual=f"another one, which holds {site.lock_file(name)}",
+                hint="Stop the other one, name another worker with --name, or another directory with --data",
+            ) from error
 
 
 async def _until_told() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from cloister.cli.output import read_text, write_text
-from cloister.core.protocol.pool import Pool
+from cloister.core.protocol.pool import Pool, require_name
 from cloister.core.protocol.trust import hex_digest, subtable
+from cloister.core.verifier.anchors import split_certificates
 from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.core.verifier.chain import to_pem
 from cloister.errors import UsageError
+from cloister.party import files
 from cloister.sim.measurement import Measurement
 from cloister.sim.quote import ATTRIBUTES, TD_ATTRIBUTES
 from cloister.sim.tees import SNP_POLICY, registers
@@ -87,9 +91,18 @@ class Site:
         """What scripts want to know: URL, service id, pool id, process ids."""
         return self.root / "service.json"
 
+    @property
+    def roots_file(self) -> Path:
+        """The simulated platform's roots (PEM), which policies for this service name."""
+        return self.root / "roots.pem"
+
     def run_dir(self, name: str) -> Path:
         """Run folder of one enclave."""
         return self.root / "run" / name
+
+    def lock_file(self, name: str) -> Path:
+        """Held by the process of a role while it runs."""
+        return self.root / "run" / f"{name}.lock"
 
     def pool_file(self, name: str) -> Path:
         """Definition of one pool."""
@@ -121,15 +134,40 @@ class Site:
         return facts
 
     def write_facts(self, **facts: Any) -> None:
-        """Add to what scripts want to know."""
-        write_text(self.facts, json.dumps({**self.read_facts(), **facts}, indent=1) + "\n")
+        """Add to what scripts want to know; several processes may do so."""
+        with files.locked(self.root):
+            write_text(self.facts, json.dumps({**self.read_facts(), **facts}, indent=1) + "\n")
 
     def service(self) -> bytes:
         """The service id; raises UsageError before the key service has started once."""
+        return hex_digest(self._fact("service", "key service"), "service")
+
+    def url(self) -> str:
+        """The gateway's URL; raises UsageError before a gateway has started once."""
+        return str(self._fact("url", "gateway"))
+
+    def _fact(self, name: str, role: str) -> Any:
         facts = self.read_facts()
-        if "service" not in facts:
-            raise UsageError("no key service has started here yet", code="site.service", claim=str(self.root))
-        return hex_digest(facts["service"], "service")
+        if name not in facts:
+            raise UsageError(
+                f"no {role} has started here yet",
+                code="site.service",
+                claim="data directory",
+                expected="one where a service runs",
+                actual=self.root,
+                hint="Check --data; `cloister gateway` comes first, then `cloister keyservice`",
+            )
+        return facts[name]
+
+    def roots(self) -> bytes:
+        """The simulated platform's roots (DER), made where they aren't there yet; raises UsageError."""
+        from cloister.sim.authority import SimulatedAuthority
+
+        roots = SimulatedAuthority.open_or_create(self.authority, now=int(time.time())).roots_der
+        text = "".join(map(to_pem, split_certificates(roots)))
+        if not self.roots_file.exists() or read_text(self.roots_file, "roots") != text:
+            write_text(self.roots_file, text)
+        return roots
 
     def write_pool(self, pool: Pool) -> None:
         """Keep a pool's definition, for the workers that join it."""
@@ -140,7 +178,12 @@ class Site:
 
     def read_pool(self, name: str) -> Pool:
         """A pool's definition; raises UsageError."""
-        text = read_text(self.pool_file(name), "pool definition")
+        require_name(name, "pool name")
+        try:
+            text = read_text(self.pool_file(name), "pool definition")
+        except UsageError as error:
+            error.hint = f"Make it with: cloister pool create {name}"
+            raise
         try:
             table = tomllib.loads(text)
         except ValueError as error:

@@ -11,26 +11,45 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import httpx
 import typer
 from rich.markup import escape
 
-from cloister.cli.output import console, print_json, table, write_text
+from cloister.cli.output import console, print_json, table
+from cloister.cli.pool import (
+    Tee,
+    create_pool,
+    found_pool,
+    registered,
+    require_same_service,
+    write_policies,
+)
+from cloister.cli.roles import PORT, require_free
 from cloister.cli.site import Site, reference_policy
 from cloister.core.identity import thumbprint
-from cloister.core.protocol.conversation import WELL_KNOWN, Conversation, Trust, ask_key_service
+from cloister.core.protocol.configuration import SETTINGS
+from cloister.core.protocol.conversation import WELL_KNOWN, Trust
 from cloister.core.protocol.document import SignedDocument
-from cloister.core.protocol.exchange import PoolCreation, Receipt
-from cloister.core.protocol.flow import Flow, Outgoing
-from cloister.core.protocol.pool import Pool
-from cloister.core.protocol.trust import UserPolicy, hex_digest
-from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.core.protocol.exchange import PoolCreation
+from cloister.core.protocol.flow import Outgoing
+from cloister.core.protocol.pool import Pool, require_name
+from cloister.core.protocol.trust import hex_digest
 from cloister.errors import TransportError, Unavailable, UsageError
-from cloister.owner.policy import ModelPolicy
-from cloister.party.carry import Carrier
 
+if TYPE_CHECKING:
+    from cloister.party.carry import Carrier
+
+__all__ = ["Service", "bring_up", "create_pool", "up"]
+
+SETTING_HELP: Final = {
+    "lease_seconds": "Longest a worker serves without the key service.",
+    "lease_requests": "Most requests that a worker serves on one lease.",
+    "document_seconds": "Seconds that a service document is valid.",
+    "epoch_seconds": "Seconds that a pool's keys live.",
+    "threads": "Requests that a worker runs at once.",
+    "memory_mib": "Models that a worker holds, in MiB.",
+}
 START_SECONDS: Final = 60.0  # for each process to be ready
 POLL: Final = 0.05  # seconds
 STOP_SECONDS: Final = 15.0
@@ -138,29 +157,31 @@ class Service:
         return lines[-1][-300:] if lines else "nothing in its log"
 
 
+def _setting(name: str) -> Any:
+    """The option of one setting of the enclaves, with its range."""
+    _, least, most = SETTINGS[name]
+    return typer.Option(min=least, max=most, help=SETTING_HELP[name])
+
+
 def up(
     data: Annotated[Path, typer.Option("--data", help="Data directory; made if it isn't there.")] = Path(
         "var"
     ),
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker enclaves.")] = 2,
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the gateway; 0 picks one.")] = 8440,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of the gateway; 0 picks one.")] = PORT,
     pool: Annotated[str, typer.Option(help="Name of the pool.")] = "default",
     owner: Annotated[
         str | None,
         typer.Option(help="Owner (thumbprint) of the pool; by default the first to publish."),
     ] = None,
-    lease_seconds: Annotated[int, typer.Option(help="Longest a worker serves without the key service.")] = 30,
-    lease_requests: Annotated[
-        int, typer.Option(help="Most requests that a worker serves on one lease.")
-    ] = 1_000_000,
-    document_seconds: Annotated[int, typer.Option(help="Validity of a service document.")] = 600,
-    epoch_seconds: Annotated[int, typer.Option(help="Life of a pool's keys.")] = 3600,
-    threads: Annotated[int, typer.Option(help="Requests that a worker runs at once.")] = 2,
-    memory_mib: Annotated[int, typer.Option(help="Models that a worker holds, in MiB.")] = 2048,
-    worker_tee: Annotated[
-        str, typer.Option(help="TEE that the workers simulate: sgx, tdx, snp or nitro.")
-    ] = "sgx",
+    lease_seconds: Annotated[int, _setting("lease_seconds")] = SETTINGS["lease_seconds"][0],
+    lease_requests: Annotated[int, _setting("lease_requests")] = SETTINGS["lease_requests"][0],
+    document_seconds: Annotated[int, _setting("document_seconds")] = SETTINGS["document_seconds"][0],
+    epoch_seconds: Annotated[int, _setting("epoch_seconds")] = SETTINGS["epoch_seconds"][0],
+    threads: Annotated[int, _setting("threads")] = SETTINGS["threads"][0],
+    memory_mib: Annotated[int, _setting("memory_mib")] = SETTINGS["memory_mib"][0],
+    worker_tee: Annotated[Tee, typer.Option(help="TEE that the workers simulate.")] = "sgx",
     capture: Annotated[Path | None, typer.Option(help="File for every byte that the gateway sees.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the service's facts as one JSON object.")
@@ -169,7 +190,6 @@ def up(
     """Start a service on this host with the simulated TEE and keep it running until interrupted."""
     from cloister.sim.platform import ANNOUNCEMENT
     from cloister.sim.sandbox import Sandbox
-    from cloister.sim.tees import require_tee
 
     if owner is None and not _is_loopback(host):
         raise UsageError(
@@ -180,6 +200,8 @@ def up(
             actual="none",
             hint="Otherwise the first stranger who publishes owns the pool",
         )
+    require_name(pool, "pool name")
+    whose = None if owner is None else hex_digest(owner, "owner")
     site = Site(data.absolute())
     settings = json.dumps(
         {
@@ -204,9 +226,9 @@ def up(
                 host=host,
                 port=port,
                 pool=pool,
-                owner=None if owner is None else hex_digest(owner, "owner"),
+                owner=whose,
                 settings=settings,
-                worker_tee=require_tee(worker_tee),
+                worker_tee=worker_tee,
                 capture=capture,
                 say=status.update if as_json or console.is_terminal else console.print,
             )
@@ -237,14 +259,17 @@ def bring_up(
         Unavailable: a process did not come up.
         UsageError: the data directory holds another service.
     """
-    from cloister.sim.authority import SimulatedAuthority
+    from cloister.party.carry import Carrier
     from cloister.sim.measurement import measure
 
     site = service.site
+    if not site.root.exists():  # a refusal leaves no new folder behind
+        require_free(host, port)
     site.make()
     service.lock()
+    require_free(host, port)
     say("measuring the enclaves")
-    root = SimulatedAuthority.open_or_create(site.authority, now=int(time.time())).roots_der
+    root = site.roots()
     key_service = reference_policy(measure("key-service"), root)
     definition = Pool(name=pool, policy=reference_policy(measure("worker"), root, worker_tee))
     say("starting the gateway")
@@ -265,8 +290,7 @@ def bring_up(
         service_id = _service_id(carrier, known)
         site.write_facts(service=service_id.hex(), pool=definition.id.hex())
         creation = PoolCreation(pool=definition, owner=owner)
-        create_pool(site, carrier, Trust(service=service_id, key_service=key_service), creation)
-        site.write_pool(definition)
+        found_pool(site, carrier, Trust(service=service_id, key_service=key_service), creation)
         for number in range(1, workers + 1):
             say(f"starting worker enclave {number} of {workers}")
             name = f"worker-{number}"
@@ -274,26 +298,11 @@ def bring_up(
                 name, "worker", "--name", name, "--pool", pool, "--settings", settings, "--tee", worker_tee
             )
         for number in range(1, workers + 1):
-            service.wait(f"worker-{number}", lambda: _workers(site) > workers, f"worker {number}")
+            service.wait(f"worker-{number}", lambda: len(registered(site)) > workers, f"worker {number}")
     finally:
         carrier.close()
-    _write_policies(site, service_id, key_service, definition.policy)
+    write_policies(site, service_id, key_service, definition.policy)
     return {"url": url, "service": service_id.hex(), "pool": definition.id.hex()}
-
-
-def create_pool(site: Site, carrier: Carrier, trust: Trust, creation: PoolCreation) -> None:
-    """Have the key service create a pool, as the operator: through the gateway's admin socket."""
-    verified = carrier.run(Conversation(trust=trust).refresh(int(time.time())))
-
-    def create() -> Flow[Receipt]:
-        content = yield from ask_key_service(verified.document, b"/pools", creation.to_bytes())
-        return Receipt.from_bytes(content)
-
-    operator = Carrier("http://gateway", httpx.HTTPTransport(uds=str(site.admin)))
-    try:
-        operator.run(create())
-    finally:
-        operator.close()
 
 
 def _document(carrier: Carrier) -> bytes | None:
@@ -309,34 +318,8 @@ def _service_id(carrier: Carrier, known: object) -> bytes:
     if raw is None:
         raise Unavailable("the key service went away", code="up.start", claim="key service")
     found = thumbprint(SignedDocument.from_bytes(raw).key)
-    if known is not None and known != found.hex():
-        raise UsageError(
-            "the data directory held another service before",
-            code="up.service",
-            claim="service id",
-            expected=known,
-            actual=found.hex(),
-            hint="Its store is gone or from elsewhere; use another data directory for a new service",
-        )
+    require_same_service(known, found)
     return found
-
-
-def _workers(site: Site) -> int:
-    """Enclaves registered at the gateway."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(site.admin)), base_url="http://gateway") as http:
-        try:
-            listed = http.get("/workers").json()
-        except httpx.HTTPError:
-            return 0
-    return len(listed["workers"] if isinstance(listed, dict) else listed)
-
-
-def _write_policies(
-    site: Site, service: bytes, key_service: AppraisalPolicy, worker: AppraisalPolicy
-) -> None:
-    user = UserPolicy(service=service, key_service=key_service, worker=worker)
-    write_text(site.user_policy, user.to_toml())
-    write_text(site.model_policy, ModelPolicy(release=worker, key_service=key_service).to_toml())
 
 
 def _is_loopback(host: str) -> bool:

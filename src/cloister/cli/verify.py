@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloister.cli.output import console, print_json, read_text, table
-from cloister.client.client import Client
-from cloister.core.protocol.trust import UserPolicy
+from cloister.cli.output import console, print_json, table, time_text
+from cloister.cli.policies import read_user_policy
+from cloister.core.verifier.result import Step
+
+if TYPE_CHECKING:
+    from cloister.core.protocol.document import VerifiedDocument
 
 Url = Annotated[str, typer.Argument(help="URL of a gateway.")]
 PolicyFile = Annotated[Path, typer.Option("--policy", help="User policy (TOML).")]
@@ -22,7 +27,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 def verify(url: Url, policy: PolicyFile, memory: Memory = None, as_json: AsJson = False) -> None:
     """Verify a service under a policy and print the record."""
-    user = UserPolicy.from_toml(read_text(policy, "user policy"))
+    from cloister.client.client import Client
+
+    user = read_user_policy(policy)
     with Client(url, policy=user, memory=memory) as client:
         verified = client.verify()
         for entry in verified.document.pools:
@@ -43,7 +50,7 @@ def verify(url: Url, policy: PolicyFile, memory: Memory = None, as_json: AsJson 
     table(
         f"Verified: service {record.service.hex()}",
         ("step", "outcome", "detail"),
-        [(s.name, s.outcome, s.detail) for s in record.steps],
+        shown(record.steps, verified),
     )
     table(
         "Pools that the policy accepts",
@@ -57,3 +64,16 @@ def verify(url: Url, policy: PolicyFile, memory: Memory = None, as_json: AsJson 
         console.print(
             "[yellow]simulated: this TEE protects nothing from its machine's administrator[/yellow]"
         )
+
+
+def shown(steps: Iterable[Step], verified: VerifiedDocument) -> list[tuple[str, str, str]]:
+    """Steps for people: times as dates, yes and no, and until when the evidence is valid."""
+    rows = []
+    for step in steps:
+        name, detail = step.name, step.detail
+        if name == "expired":  # its detail is the time of the check
+            name, detail = "valid until", time_text(verified.attested.evidence.not_after)
+        elif name == "validity":
+            detail = re.sub(r"\b\d{10}\b", lambda found: time_text(int(found[0])), detail)
+        rows.append((name, step.outcome, {"True": "yes", "False": "no"}.get(detail, detail)))
+    return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from cloister.core.protocol.flow import Flow
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.verifier.result import Step
-from cloister.errors import InvalidRequest
+from cloister.errors import InvalidRequest, UsageError
 from cloister.party.carry import AsyncCarrier, Carrier
 
 Array = oip.Array
@@ -101,6 +101,7 @@ class _Base:
         self, model: str, inputs: dict[str, Array], outputs: tuple[str, ...], deadline_ms: int | None
     ) -> Flow[dict[str, Array]]:
         model = self._session.resolve(model)
+        _require_arrays(inputs)
         header, buffers = oip.encode_request(inputs, outputs=outputs)
         _require_size(len(header) + sum(buffer.nbytes for buffer in buffers))
         fields = [(b"content-type", b"application/octet-stream"), (oip.HEADER_LENGTH, b"%d" % len(header))]
@@ -112,7 +113,11 @@ class _Base:
             fields=tuple(fields),
             content=b"".join((header, *buffers)),
         )
-        response = yield from self._session.request(model, inner)
+        try:
+            response = yield from self._session.request(model, inner)
+        except InvalidRequest as error:
+            _speak_numpy(error)
+            raise
         self._stages = parse_stages(response.field(b"server-timing"))
         return oip.decode_response(memoryview(response.content), response.field(oip.HEADER_LENGTH))
 
@@ -171,6 +176,7 @@ class Client(_Base):
             deadline_ms: Milliseconds by which the run must begin.
 
         Raises:
+            UsageError: the inputs are no arrays by name.
             Refused: the service, its workers or this user are not what they must be.
             InvalidRequest: the model can't answer this input.
             Unavailable: several attempts failed.
@@ -249,6 +255,27 @@ class AsyncClient(_Base):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _require_arrays(inputs: object) -> None:
+    """Refuse what is no mapping of names to arrays; raises UsageError."""
+    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
+        raise UsageError(
+            "the inputs are no arrays by name",
+            code="request.inputs",
+            claim="inputs",
+            expected="a dict of input name to numpy array",
+            actual=type(inputs).__name__,
+        )
+
+
+def _speak_numpy(error: InvalidRequest) -> None:
+    """Name a datatype that the model wants as NumPy does, and how to get there."""
+    if error.code == "request.datatype" and error.expected in oip.DTYPES:
+        name = oip.numpy_name(error.expected)
+        if not error.hint and error.expected != "BYTES":
+            error.hint = f'Convert the array with .astype("{name}")'
+        error.expected = f"{name} ({error.expected})"
 
 
 def _require_size(size: int) -> None:

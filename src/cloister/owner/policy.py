@@ -19,14 +19,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from cloister.core.protocol.statement import ServingOptions
 from cloister.core.protocol.trust import load_table, subtable
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import UsageError
 
-_OPTIONS: Final = frozenset({"slo_ms", "batching", "isolation"})
+MAX_SLO_MS: Final = 3_600_000
+OPTIONS: Final = ("slo_ms", "batching", "isolation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,20 +42,7 @@ class ModelPolicy:
     def from_toml(cls, text: str) -> ModelPolicy:
         """Read a policy file; raises UsageError."""
         table = load_table(text, required=("release", "key_service"), optional=("options",))
-        options = subtable(table, "options") if "options" in table else {}
-        if options.keys() - _OPTIONS:
-            raise UsageError(
-                code="policy.options", claim="options", expected=sorted(_OPTIONS), actual=sorted(options)[:8]
-            )
-        serving = ServingOptions(**options)
-        if serving.isolation != "shared" or serving.batching != "none":
-            raise UsageError(
-                'this version serves models with isolation = "shared" and batching = "none" only',
-                code="policy.options",
-                claim="options",
-                expected="shared, none",
-                actual=f"{serving.isolation}, {serving.batching}",
-            )
+        serving = _options(subtable(table, "options") if "options" in table else {})
         return cls(
             release=AppraisalPolicy.from_table(subtable(table, "release")),
             key_service=AppraisalPolicy.from_table(subtable(table, "key_service")),
@@ -68,3 +56,27 @@ class ModelPolicy:
             f"{self.release.to_toml('release')}\n{self.key_service.to_toml('key_service')}\n[options]\n"
             f'slo_ms = {options.slo_ms}\nbatching = "{options.batching}"\nisolation = "{options.isolation}"\n'
         )
+
+
+def _options(table: dict[str, Any]) -> ServingOptions:
+    """Options that this version serves; raises UsageError."""
+    for name in table:
+        if name not in OPTIONS:
+            raise _unserved(name[:64], ", ".join(OPTIONS), name[:64])
+    for name, served in (("batching", "none"), ("isolation", "shared")):
+        if table.get(name, served) != served:
+            raise _unserved(name, f'"{served}", which is all that this version serves', table[name])
+    slo = table.get("slo_ms", 0)
+    if type(slo) is not int or not 0 <= slo <= MAX_SLO_MS:
+        raise _unserved("slo_ms", f"a whole number of milliseconds, 0 to {MAX_SLO_MS}", slo)
+    return ServingOptions(**table)
+
+
+def _unserved(name: str, expected: str, actual: object) -> UsageError:
+    return UsageError(
+        "the options of the model policy are invalid",
+        code="policy.options",
+        claim=f"[options].{name}",
+        expected=expected,
+        actual=repr(actual)[:80],
+    )

@@ -87,7 +87,7 @@ class Publisher:
             name: A model on the desk.
             policy: Who may hold its key, and how it may be served.
             sealed_file: What `seal_model` wrote.
-            pool: The pool that shall serve it; by default the only one there is.
+            pool: The pool that shall serve it; by default the owner's own, or the only one there is.
             progress: Called with bytes uploaded so far and in all.
 
         Raises:
@@ -242,6 +242,9 @@ class Publisher:
 
     def _only_pool(self) -> bytes:
         pools = self._conversation.current().document.pools
+        ours = [entry.pool.id for entry in pools if entry.owner == self._desk.owner]
+        if len(ours) == 1:
+            return ours[0]
         if len(pools) != 1:
             raise UsageError(
                 "say which pool shall serve the model",

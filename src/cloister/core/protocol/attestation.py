@@ -138,12 +138,17 @@ class Attestation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attested:
-    """An attestation that verified: what the evidence says, the configuration, and every step taken."""
+    """An attestation that verified: what the evidence says, the configuration, and every step taken.
+
+    ``not_after`` (Unix seconds) is when it has to be verified anew: something expires, or gets too old for the
+    policy.
+    """
 
     evidence: VerifiedEvidence
     configuration: EnclaveConfiguration
     binding: Binding
     steps: tuple[Step, ...]
+    not_after: int
 
 
 def verify_attestation(
@@ -202,6 +207,7 @@ def verify_attestation(
         evidence=verified,
         configuration=configuration,
         binding=binding,
+        not_after=appraised.not_after,
         steps=(
             *verified.steps,
             *appraised.steps,

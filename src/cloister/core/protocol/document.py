@@ -341,7 +341,7 @@ def verify_document(
             *attested.steps,
             Step(name="tree head", outcome="ok", detail=f"{document.head.size} entries"),
         ),
-        not_after=min(document.not_after, attested.evidence.not_after),
+        not_after=min(document.not_after, attested.not_after),
     )
 
 

@@ -13,6 +13,7 @@ from cloister.errors import AppraisalRefused
 
 __all__ = ["SGX_ATTRIBUTES_MASK", "AllOf", "AnyOf", "AppraisalPolicy", "AppraisalResult", "appraise"]
 
+MAX_AHEAD: Final = 300  # seconds that the clock of a Nitro hypervisor may be ahead
 SGX_ATTRIBUTES_MASK: Final = bytes.fromhex("ff" * 8 + "00" * 8)  # every flag, no XFRM bit
 
 
@@ -94,7 +95,8 @@ def _appraise(verified: VerifiedEvidence, policy: AppraisalPolicy, now: int) -> 
     if verified.collateral_issued is None:  # a claim of the TEE's has said whether that may be
         return checks.steps, verified.not_after
     age = now - verified.collateral_issued
-    checks.require("max age", 0 <= age <= policy.max_age, f"0 to {policy.max_age} s", f"{age} s")
+    fresh = -MAX_AHEAD <= age <= policy.max_age
+    checks.require("max age", fresh, f"at most {policy.max_age} s", f"{age} s")
     return checks.steps, min(verified.not_after, verified.collateral_issued + policy.max_age)
 
 

@@ -380,8 +380,14 @@ def _check_joined(policy: AppraisalPolicy, stated: list[str]) -> None:
         or any(type(member) is not AppraisalPolicy or member.is_empty for member in members)
     ):
         raise invalid(name, f"2 to {MAX_MEMBERS} policies, none empty", len(members))
+    if _depth(policy) > MAX_DEPTH:
+        raise invalid(name, f"policies, {MAX_DEPTH} deep at most", _depth(policy))
     if any(member.anchors != policy.anchors for member in members):
         raise invalid(name, "policies under the same trust anchors", "others")
+
+
+def _depth(policy: AppraisalPolicy) -> int:
+    return 1 + max(map(_depth, policy.members)) if policy.members else 0
 
 
 def _joined(value: Any, name: str, depth: int) -> list[Any]:

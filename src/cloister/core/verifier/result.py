@@ -149,7 +149,7 @@ class VerifiedEvidence:
         platform: The machine.
         collateral: `CollateralMark` per signed object; names include the issuer or family that they speak of.
         collateral_issued: Oldest issue date of what says whether the platform is still good: TCB info, QE
-            identity and CRLs; for Nitro, of the document itself. Unix seconds; None where there was none.
+            identity and PCK CRL; AMD's CRL; for Nitro, of the document itself. Unix seconds; None for none.
         not_after: Earliest expiry of anything relied on, unix seconds.
         steps: Every check made, in order.
     """

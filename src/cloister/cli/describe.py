@@ -1,0 +1,63 @@
+"""``cloister describe``: what a model takes and gives, from the enclave that serves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cloister.cli.output import print_json, table
+from cloister.cli.policies import read_user_policy
+from cloister.cli.verify import AsJson, PolicyFile, Url
+from cloister.errors import FormatError
+
+
+def describe(
+    url: Url,
+    model: Annotated[str, typer.Argument(help="Model id: <owner>/<name>.")],
+    policy: PolicyFile,
+    identity: Annotated[Path, typer.Option("--identity", help="User identity file.")],
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="As for `verify`; by default beside the identity, one for each service."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify the service, then ask a model for its inputs and outputs; the grant decides, as for `infer`."""
+    from cloister.client.client import Client
+    from cloister.client.identity import Identity
+    from cloister.core.oip import DTYPES, numpy_name
+
+    user = read_user_policy(policy)
+    memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
+    with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
+        answer = client.metadata(model)
+    try:
+        found = json.loads(answer)
+        tensors = {part: [_tensor(each) for each in found[part]] for part in ("inputs", "outputs")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError("the answer is no model's metadata", claim="metadata") from error
+    if as_json:
+        print_json({"model": model, **tensors})
+        return
+    for part, rows in tensors.items():
+        table(
+            f"{part.capitalize()} of {model}",
+            ("name", "type", "numpy", "shape"),
+            [
+                (
+                    each["name"],
+                    each["datatype"],
+                    numpy_name(each["datatype"]) if each["datatype"] in DTYPES else "",
+                    " x ".join("any" if side < 0 else str(side) for side in each["shape"]) or "scalar",
+                )
+                for each in rows
+            ],
+        )
+
+
+def _tensor(tensor: dict[str, Any]) -> dict[str, Any]:
+    shape = [int(side) for side in tensor["shape"]]
+    return {"name": str(tensor["name"]), "datatype": str(tensor["datatype"]), "shape": shape}
