@@ -112,6 +112,9 @@ def test_faults_fail_their_lines_alone_and_a_kept_service_takes_the_commands_tha
         }
         commands = re.findall(r"^\S*cloister(?:\.cli)? (?:verify|infer) .*$", output, re.MULTILINE)
         assert len(commands) == 2
+        assert re.search(
+            r"^# take the user's grant back; .* wait \d+ s, then ask again$", output, re.MULTILINE
+        )
         for command in commands:
             done = subprocess.run(
                 shlex.split(command), capture_output=True, text=True, check=False, timeout=60

@@ -37,7 +37,7 @@ def describe(
     try:
         found = json.loads(answer)
         tensors = {part: [_tensor(each) for each in found[part]] for part in ("inputs", "outputs")}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FormatError("the answer is no model's metadata", claim="metadata") from error
     if as_json:
         print_json({"model": model, **tensors})

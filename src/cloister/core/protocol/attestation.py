@@ -140,8 +140,8 @@ class Attestation:
 class Attested:
     """An attestation that verified: what the evidence says, the configuration, and every step taken.
 
-    ``not_after`` (Unix seconds) is when it has to be verified anew: something expires, or gets too old for the
-    policy.
+    ``not_after`` (Unix seconds) is when it has to be verified anew: something expires, or gets too old for
+    the policy.
     """
 
     evidence: VerifiedEvidence

@@ -88,7 +88,7 @@ class Conversation:
         for pause in (0.0, *LAG_PAUSES):
             if pause:
                 yield Pause(pause)
-            # Where statements come faster than documents travel, one that was just replaced must do in the end.
+            # Where statements come faster than documents travel, one just replaced must do in the end.
             lenient = pause == LAG_PAUSES[-1]
             verified, possession = yield from self._fetch(now, lenient=lenient)
             if possession.document == verified.digest:
