@@ -463,6 +463,16 @@ async def test_what_one_process_saw_another_does_not_forget(tmp_path):
     stage.close()
 
 
+async def test_two_runs_that_were_led_to_two_copies_of_a_service(tmp_path):
+    key = SigningKey.generate()
+    one, other = (TreeHead.sign(key, size=9, root=root * 32, time=1) for root in (b"a", b"b"))
+    Memory(head=one).save(tmp_path / "memory")
+    with pytest.raises(Rollback) as caught:
+        Memory(head=other).save(tmp_path / "memory")
+    assert caught.value.code == "rollback.fork"
+    assert Memory.load(tmp_path / "memory").head == one
+
+
 async def test_a_memory_that_is_damaged_or_another_s(tmp_path):
     stage = await Stage.open()
     path = tmp_path / "head"

@@ -145,3 +145,24 @@ def test_a_sealing_key_that_gramine_refuses_is_unavailable(
     with pytest.raises(Unavailable) as caught:
         attester.sealing_key()
     assert caught.value.actual == "ENOENT"
+
+
+@pytest.mark.parametrize("part", [slice(0, 32), slice(32, 48)])
+def test_a_quote_that_another_enclave_asked_for(
+    attester: GramineAttester, kernel: GramineKernel, part: slice
+) -> None:
+    """The quoting service is the host's: with our report data it may quote whom it likes."""
+    own = bytearray(kernel.target_info())
+    own[part] = bytes(len(own[part]))
+    kernel.target = bytes(own)
+    assert told(refusal(attester, FormatError)) == ("attester.answer", "measurement in the quote")
+
+
+def test_a_processor_that_says_nothing_of_this_enclave(
+    attester: GramineAttester, kernel: GramineKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> bytes:
+        raise OSError(errno.ENOENT, "gone")
+
+    monkeypatch.setattr(kernel, "target_info", gone)
+    assert refusal(attester, Unavailable).code

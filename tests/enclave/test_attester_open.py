@@ -95,7 +95,13 @@ def test_the_collateral_folder_comes_from_the_environment(tmp_path: Path) -> Non
     attester = open_attester(
         {"CLOISTER_ATTESTER": "gramine", "CLOISTER_COLLATERAL": str(tmp_path)}, root=tmp_path
     )
-    for name, content in (("attestation_type", b"dcap"), ("user_report_data", b""), ("quote", sgx_quote())):
+    quote = sgx_quote()
+    for name, content in (
+        ("attestation_type", b"dcap"),
+        ("user_report_data", b""),
+        ("my_target_info", (quote[112:144] + quote[96:112]).ljust(512, b"\0")),
+        ("quote", quote),
+    ):
         write(tmp_path / "dev/attestation" / name, content)
     with pytest.raises(Unavailable) as caught:
         attester.evidence(REPORT_DATA)

@@ -151,10 +151,17 @@ def test_damaged_certificates_are_refused(folder: Path) -> None:
 
 def test_the_crl_is_that_of_the_chains_own_root(folder: Path) -> None:
     ark = load_chain(amd_collateral().certificates, AMD)[-1]
-    write(folder / crl_file(ark.der), b"whatever: the verifier reads it")
+    kept = (folder / crl_file(ark.der)).read_bytes()
     collateral = StapledCollateral(folder).staple_report(snp_report(), b"").collateral
     assert type(collateral) is AmdCollateral
-    assert collateral.crl == b"whatever: the verifier reads it"
+    assert collateral.crl == kept
+
+
+def test_a_file_that_is_no_crl_is_not_published(folder: Path) -> None:
+    ark = load_chain(amd_collateral().certificates, AMD)[-1]
+    write(folder / crl_file(ark.der), b"some other file of the host's")
+    with pytest.raises(EvidenceError):
+        StapledCollateral(folder).staple_report(snp_report(), b"")
 
 
 def test_what_is_written_is_what_is_read(folder: Path) -> None:

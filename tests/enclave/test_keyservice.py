@@ -319,6 +319,19 @@ async def test_evidence_of_another_enclave_is_not_its_own(monkeypatch):
     await refused(BindingRefused, "binding.report-data", Realm.start(measurement=STRANGER))
 
 
+async def test_evidence_that_changes_between_epochs_is_not_its_own(monkeypatch):
+    """Its host may have another enclave ask with our report data: a genuine quote, and not ours."""
+    realm = await started()
+    before = realm.service.documents.own_evidence
+
+    def other(self, report_data):
+        return support.evidence(report_data, STRANGER, now=NOW)
+
+    monkeypatch.setattr(support.Attester, "evidence", other)
+    await refused(BindingRefused, "binding.measurement", realm.service.documents.rotate())
+    assert realm.service.documents.own_evidence == before
+
+
 # -- messages of many items ------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import time
 from pathlib import Path
 
 import cbor2
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cloister.cli.app import app
+from cloister.cli.output import table
 from cloister.cli.site import reference_policy
 from cloister.core.evidence.bundle import Collateral
 from cloister.core.verifier import TrustAnchors, verify
@@ -77,6 +79,20 @@ def test_what_was_read_verifies(evidence, tee, authority):
     read = read_evidence(evidence[tee].quote, files(evidence, tee))
     assert read == evidence[tee]
     assert verify(read, anchors=TrustAnchors.simulated(authority.roots_der), now=NOW).tee == tee
+
+
+def test_a_pattern_in_a_tag_is_not_compiled():
+    """CBOR's tag 35 holds a regular expression, which takes a parser as long as its author likes."""
+    report = cbor2.dumps({"outblob": cbor2.CBORTag(35, "(" * 9000 + ")" * 9000), "auxblob": b""})
+    before = time.process_time()
+    with pytest.raises(EvidenceError):
+        read_signed(report)
+    assert time.process_time() - before < 0.5
+
+
+def test_what_evidence_says_does_not_steer_the_terminal(capsys):
+    table("title", ("field",), [("\x1b[2J\x1b[H accepted\x9b",)])
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_evidence_of_another_tee_than_asked_for(evidence):
@@ -156,6 +172,7 @@ def test_a_leaf_whose_issuer_nobody_knows(evidence):
         [b"{}"],
         [b'{"certificates": "", "crl": "zz"}'],
         [b'{"certificates": 1, "crl": ""}'],
+        [b'{"certificates": "\\ud800", "crl": ""}'],
         [b"\x30\x03\x02\x01"],
         [b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"],
         [b"table"],

@@ -113,6 +113,14 @@ class GramineKernel(FakeKernel):
         self.key = bytes(range(16))
         self.report_data = bytes(64)
         self.taken: int | None = None  # bytes that a write takes, where not all
+        self.target: bytes | None = None  # instead of what the quotes say
+
+    def target_info(self) -> bytes:
+        """TARGETINFO of this process: MRENCLAVE and ATTRIBUTES as in its quotes."""
+        if self.target is not None:
+            return self.target
+        quote = self.quote(bytes(64))
+        return (quote[112:144] + quote[96:112]).ljust(512, b"\0")
 
     def exists(self, path: str) -> bool:
         return path != "dev/attestation/quote" or self.kind != b"none"
@@ -120,6 +128,8 @@ class GramineKernel(FakeKernel):
     def load(self, path: str) -> bytes:
         if path == "dev/attestation/attestation_type":
             return self.kind
+        if path == "dev/attestation/my_target_info":
+            return self.target_info()
         if path == "dev/attestation/quote":
             return self.quote(self.report_data)
         if path == "dev/attestation/keys/_sgx_mrenclave":

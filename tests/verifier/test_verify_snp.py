@@ -14,7 +14,7 @@ from cloister.core.evidence.snp import PRODUCTS, SnpReport, SnpTcb
 from cloister.core.evidence.snp_table import make_collateral
 from cloister.core.evidence.vek import ARC
 from cloister.core.verifier import TrustAnchors
-from cloister.core.verifier.result import SnpPlatform
+from cloister.core.verifier.result import CollateralMark, CollateralMemory, SnpPlatform
 from cloister.core.verifier.snp import verify
 from cloister.errors import EvidenceError, EvidenceRefused
 from cloister.sim import pki, snp_pki
@@ -310,7 +310,13 @@ def test_revoked_issuer_of_a_vlek(amd):
 
 def test_without_a_revocation_list(amd):
     found = check(amd, bundle(amd, flaws=SnpFlaws(no_crl=True)))
-    assert (found.collateral, found.collateral_issued) == ({}, None)
+    assert list(found.collateral.values()) == [CollateralMark(issued=0, number=0)]  # older than any list
+    assert found.collateral_issued is None
+    seen = CollateralMemory()
+    seen.admit(check(amd, bundle(amd)).collateral)
+    with pytest.raises(EvidenceRefused) as caught:  # who left a list out after we saw one
+        seen.admit(found.collateral)
+    assert caught.value.code == "evidence.collateral-older"
     assert [step.name for step in found.steps if step.outcome == "note"] == ["5 revocation"]
     assert found.not_after > NOW + 365 * 86400  # the certificates' own
 

@@ -30,7 +30,17 @@ def report(error: CloisterError, *, as_json: bool) -> None:
     if as_json:
         print_json(error.to_dict())
     else:
-        errors.print(f"[red]{escape(error.code)}[/red]: {escape(str(error))}")
+        errors.print(f"[red]{escape(error.code)}[/red]: {escape(_visible(str(error)))}")
+
+
+_UNPRINTABLE: Final = "\N{REPLACEMENT CHARACTER}"
+
+
+def _visible(text: str) -> str:
+    """Text whose control characters are shown, not obeyed: what a peer sent may be quoted in it."""
+    return "".join(
+        char if char == "\n" or char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
 
 
 def _is_other_code(error: CloisterError) -> bool:
@@ -48,7 +58,7 @@ def print_json(value: Any) -> None:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table; where nobody looks, as aligned lines that are whole, so that grep finds them."""
-    heads, cells = list(columns), [[str(cell) for cell in row] for row in rows]
+    heads, cells = list(columns), [[_visible(str(cell)) for cell in row] for row in rows]
     if not console.is_terminal:
         print("\n".join([title, *_lines([heads, *cells])]))
         return

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import cbor2
 from cryptography import x509
 
+from cloister.core import encoding
 from cloister.core.evidence.bundle import (
     AmdCollateral,
     AnyCollateral,
@@ -25,7 +25,7 @@ from cloister.core.evidence.snp_table import CertificateTable, make_collateral
 from cloister.core.verifier.chain import AMD, Certificate, load_certificate, load_crl, read_pem
 from cloister.core.verifier.roots import amd
 from cloister.core.verifier.roots.amd_intermediates import INTERMEDIATES
-from cloister.errors import EvidenceError, UsageError
+from cloister.errors import EvidenceError, FormatError, UsageError
 
 MAX_FILE: Final = 4 << 20  # bytes
 _TABLES: Final = 64 << 10  # bytes of a certificate table
@@ -144,8 +144,8 @@ def _tsm(raw: bytes) -> tuple[bytes, bytes]:
     if raw[:1] not in (b"\xa2", b"\xa3", b"\xa4"):
         return raw, b""
     try:
-        value = cbor2.loads(raw, max_depth=2, allow_indefinite=False, allow_duplicate_keys=False)
-    except Exception:  # whatever it is then, it is recognised or refused as it stands
+        value = encoding.decode(raw, what="tsm report", limit=_TABLES, items=16, foreign=True)
+    except FormatError:  # whatever it is then, it is recognised or refused as it stands
         return raw, b""
     report = value.get("outblob") if isinstance(value, dict) else None
     table = value.get("auxblob", b"") if isinstance(value, dict) else b""
@@ -159,7 +159,7 @@ def _amd_collateral(signed: Signed, files: list[bytes]) -> AmdCollateral:
     for data in files:
         if data.lstrip()[:1] == b"{":
             fields = _json(data)
-            certificates += read_pem(fields["certificates"].encode(), most=3)
+            certificates += read_pem(fields["certificates"].encode("ascii", "replace"), most=3)
             crl = crl or bytes.fromhex(fields["crl"])
         elif b"-----BEGIN CERTIFICATE-----" in data[:256]:
             certificates += read_pem(data, most=8)
@@ -215,7 +215,7 @@ def _known(subject: Certificate, candidates: Iterable[bytes]) -> Certificate:
 def _is_crl(data: bytes) -> bool:
     try:
         x509.load_der_x509_crl(data)
-    except ValueError:
+    except Exception:  # the parser has many kinds of failure; whatever it is, it is no list
         return False
     load_crl(data, AMD)
     return True

@@ -11,7 +11,7 @@ from cloister.core.encoding import decode, encode, unpack
 from cloister.core.protocol.conversation import Conversation
 from cloister.core.protocol.head import TreeHead
 from cloister.core.verifier.result import CollateralMark, CollateralMemory
-from cloister.errors import FormatError, UsageError
+from cloister.errors import FormatError, Rollback, UsageError
 from cloister.party import files
 
 MAX_MEMORY: Final = 1 << 20  # bytes
@@ -36,8 +36,20 @@ class Memory:
         return cls(head=conversation.head, collateral=conversation.collateral.marks)
 
     def join(self, other: Memory) -> Memory:
-        """The newer of both in every part: what one process saw, another must not forget."""
+        """The newer of both in every part: what one process saw, another must not forget.
+
+        Raises:
+            Rollback: both saw logs of the same length, and not the same.
+        """
         heads = [head for head in (self.head, other.head) if head is not None]
+        if len({head.root for head in heads}) > len({head.size for head in heads}):
+            raise Rollback(
+                "two runs saw different logs of one length: the service was forked",
+                code="rollback.fork",
+                claim=f"root of {heads[0].size} entries",
+                expected=heads[0].root.hex(),
+                actual=heads[1].root.hex(),
+            )
         marks = dict(self.collateral)
         for name, mark in other.collateral.items():
             known = marks.get(name, mark)

@@ -74,8 +74,9 @@ class NitroDocument:
 
     def __post_init__(self) -> None:
         _require_fields(self.fields)
-        if type(self.module_id) is not str or not 1 <= len(self.module_id) <= MAX_MODULE_ID:
-            raise _wrong("module_id", f"text of 1 to {MAX_MODULE_ID} characters", self.module_id)
+        named = type(self.module_id) is str and self.module_id.isascii() and self.module_id.isprintable()
+        if not named or not 1 <= len(self.module_id) <= MAX_MODULE_ID:
+            raise _wrong("module_id", f"1 to {MAX_MODULE_ID} printable characters", self.module_id)
         if type(self.timestamp) is not int or not 0 < self.timestamp < _MAX_TIMESTAMP:
             raise _wrong("timestamp", "milliseconds, 1 to 2^64 - 1", self.timestamp)
         _require_pcrs(self.pcrs)

@@ -211,6 +211,8 @@ def load_crl(der: bytes, profile: Profile = DCAP) -> RevocationList:
         raise _unreadable("revocation list", "malformed") from error
     if next_update is None:
         raise _unreadable("revocation list", "without a next update")
+    if not 0 <= number < 1 << 63:
+        raise _unreadable("revocation list", "an impossible number")
     if algorithm not in profile.signatures:
         raise _unreadable("revocation list", f"not signed in the way that {profile.name} signs")
     _require_known(extensions, "revocation list")  # a delta or partial list says so in a critical extension

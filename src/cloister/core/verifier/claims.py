@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from cloister.core.evidence.snp import tcb_layout
 from cloister.core.verifier.forms import invalid
 from cloister.core.verifier.result import DcapPlatform, SnpPlatform, Step, VerifiedEvidence
 from cloister.errors import AppraisalRefused
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SGX_DEBUG: Final = 1 << 1  # Intel SDM, volume 3D: ATTRIBUTES
 TD_DEBUG: Final = 1 << 0  # Intel TDX module ABI: TDATTRIBUTES
+TD_MIGRATABLE: Final = 1 << 29
 TD_SEPT_VE_DISABLE: Final = 1 << 28
 SNP_MIGRATE_MA: Final = 1 << 18  # AMD 56860: POLICY
 SNP_DEBUG: Final = 1 << 19
@@ -298,7 +300,8 @@ class Denied:
 
     def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
         """Does none apply."""
-        found = sorted(policy.denied_advisories.intersection(verified.advisories))
+        denied = {name.casefold() for name in policy.denied_advisories}
+        found = sorted(name for name in verified.advisories if name.casefold() in denied)
         checks.require("advisories", not found, "none that is denied", ", ".join(found) or "none")
 
     def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
@@ -308,7 +311,11 @@ class Denied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnpTcb:
-    """Each part of a SEV-SNP platform's TCB is at least the policy's; a policy names some, or ``any_tcb``."""
+    """Each part of a SEV-SNP platform's TCB is at least the policy's; a policy names some, or ``any_tcb``.
+
+    That goes for the reported TCB, for the one that launched the guest, and for the one that the platform
+    can't go back behind: firmware that was updated under a running guest doesn't mend how it was launched.
+    """
 
     PARTS = ("bootloader", "tee", "snp", "microcode", "fmc")
 
@@ -324,13 +331,17 @@ class SnpTcb:
 
     def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
         """Does no part lie below; a part that the processor lacks counts as 0."""
-        found = _snp(verified).tcb
         if policy.any_tcb:
-            checks.note("tcb", f"any: {_parts(found)}")
+            checks.note("tcb", f"any: {_parts(_snp(verified).tcb)}")
             return
-        least = self._least(policy)
-        reached = all(found.get(part, 0) >= need for part, need in least.items())
-        checks.require("tcb", reached, f"at least {_parts(least)}", _parts(found))
+        least, layout = self._least(policy), tcb_layout(_snp(verified).product)
+        for name in ("reported", "launch", "committed"):
+            raw = verified.measurements.get(f"{name}_tcb")
+            octets = raw if isinstance(raw, bytes) else b""
+            found = {part: octets[index] for part, index in layout.items() if index < len(octets)}
+            reached = all(found.get(part, 0) >= need for part, need in least.items())
+            claim = "tcb" if name == "reported" else f"{name} tcb"
+            checks.require(claim, reached, f"at least {_parts(least)}", _parts(found) or "none")
 
     def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
         """Does none of the narrower policy's lie below."""
@@ -505,7 +516,7 @@ CLAIMS: Final[Mapping[str, tuple[Claim, ...]]] = MappingProxyType(
             Masked(
                 name="td_attributes",
                 get=_measured("td_attributes"),
-                covers=TD_DEBUG,
+                covers=TD_DEBUG | TD_MIGRATABLE,
             ),
             Masked(name="xfam", get=_measured("xfam")),
             Components(name="tee_tcb_svn", field="min_tee_tcb_svn", get=_measured("tee_tcb_svn")),

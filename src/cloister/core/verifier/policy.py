@@ -237,8 +237,9 @@ class AppraisalPolicy:
             raise _no_policy()
         values = {name: FORMS[name].read(name, data[name]) for name in names}
         for name, value in values.items():
-            if isinstance(value, frozenset) and FORMS[name].plain(value) != data[name]:
-                raise invalid(name, "sorted", "another order")
+            plain = FORMS[name].plain(value)
+            if type(plain) is not type(data[name]) or plain != data[name]:
+                raise invalid(name, "its one encoding", "another")
         return cls(tee=tee, **values)
 
     @classmethod

@@ -247,10 +247,11 @@ def _result(
     steps: Sequence[Step],
 ) -> VerifiedEvidence:
     expiries = [certificate.not_after for certificate in chain.certificates]
-    marks = {}
+    mark = CollateralMark(issued=0, number=0)  # no list is older than any
     if crl is not None:
         expiries.append(crl.next_update)
-        marks[f"CRL of {chain.ark.common_name}"] = CollateralMark(issued=crl.issued, number=crl.number)
+        mark = CollateralMark(issued=crl.issued, number=crl.number)
+    marks = {f"CRL of {chain.ark.common_name}": mark}
     return VerifiedEvidence(
         tee="snp",
         anchors_digest=anchors.digest,

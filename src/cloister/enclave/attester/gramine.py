@@ -14,6 +14,7 @@ from typing import Final
 
 from cloister.core.evidence.bundle import MAX_EVIDENCE, Evidence
 from cloister.core.evidence.dcap import Quote
+from cloister.core.evidence.sgx import SgxReportBody
 from cloister.core.secret import Secret
 from cloister.enclave.attester.device import (
     LINUX,
@@ -31,6 +32,7 @@ from cloister.errors import FormatError, UsageError
 FOLDER: Final = Path("dev/attestation")
 TYPE_FILE: Final = "attestation_type"
 SGX_KEY_SIZE: Final = 16  # bytes
+TARGET_INFO_SIZE: Final = 512  # bytes; MRENCLAVE at 0, ATTRIBUTES at 32 (Intel SDM, TARGETINFO)
 _MAX_TYPE: Final = 64  # bytes
 
 
@@ -66,7 +68,9 @@ class GramineAttester:
             raise silent(
                 "Gramine's quote", error, "Is the quoting service (AESM) running on the host?"
             ) from error
-        require_own(Quote.from_bytes(quote).body.report_data, report_data)
+        parsed = Quote.from_bytes(quote)
+        require_own(parsed.body.report_data, report_data)
+        self._require_this_enclave(parsed)
         return self._collateral.staple_quote(quote)
 
     def sealing_key(self) -> Secret:
@@ -90,6 +94,23 @@ class GramineAttester:
                 expected=f"{SGX_KEY_SIZE} B that are not zero",
             )
         return derive_sealing_key(key, "sgx")
+
+    def _require_this_enclave(self, quote: Quote) -> None:
+        """Compare with what the processor says: another enclave may have asked with our report data."""
+        try:
+            target = read_file(self._kernel, self._folder / "my_target_info", TARGET_INFO_SIZE, "target info")
+        except OSError as error:
+            raise silent("Gramine's target info", error) from error
+        body = quote.body
+        own = (target[:32], target[32:48])
+        if not isinstance(body, SgxReportBody) or (body.mr_enclave, body.attributes) != own:
+            raise FormatError(
+                "the quote is another enclave's",
+                code="attester.answer",
+                claim="measurement in the quote",
+                expected=target[:32].hex(),
+                actual=body.mr_enclave.hex() if isinstance(body, SgxReportBody) else "no enclave",
+            )
 
     def _require_dcap(self) -> None:
         kind = read_file(self._kernel, self._folder / TYPE_FILE, _MAX_TYPE, "attestation type")

@@ -23,7 +23,7 @@ from cloister.core.evidence.bundle import (
 )
 from cloister.core.evidence.snp import VCEK, SnpReport
 from cloister.core.evidence.snp_table import CertificateTable
-from cloister.core.verifier.chain import AMD, MAX_PEM, load_chain
+from cloister.core.verifier.chain import AMD, MAX_PEM, load_chain, load_crl
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.errors import FormatError, Unavailable, UsageError
 
@@ -80,9 +80,9 @@ class StapledCollateral:
         if not collateral.crl:
             ark = load_chain(collateral.certificates, AMD)[-1]
             what = f"revocation list of {ark.common_name}"
-            collateral = replace(
-                collateral, crl=self._read(crl_file(ark.der), MAX_COLLATERAL_PART, what, need)
-            )
+            crl = self._read(crl_file(ark.der), MAX_COLLATERAL_PART, what, need)
+            load_crl(crl, AMD)  # what isn't one isn't published
+            collateral = replace(collateral, crl=crl)
         return Evidence(tee="snp", quote=raw, collateral=collateral)
 
     def _read(self, name: str, limit: int, what: str, need: str) -> bytes:

@@ -47,6 +47,7 @@ class DocumentMaker:
         self._attestation: Attestation | None = None
         self._recent: dict[bytes, float] = {}  # digest -> monotonic seconds of its end
         self._not_after = 0
+        self._first: tuple[bytes, bool] | None = None  # measurement and debug, by the first evidence
         self.own_evidence: VerifiedEvidence
         self.raw = b""
         self.digest = b""
@@ -68,9 +69,28 @@ class DocumentMaker:
                 expected=attestation.binding.report_data.hex(),
                 actual=evidence.report_data.hex(),
             )
+        self._require_same(evidence)
         self.epochs.begin(epoch)  # from here on nothing fails: all of it changes together
         self._attestation, self.own_evidence = attestation, evidence
         self.sign()
+
+    def _require_same(self, evidence: VerifiedEvidence) -> None:
+        """Refuse evidence that says something else of this enclave than that of its first epoch did.
+
+        The host carries what is signed to the quoting service, where another enclave may ask with our report
+        data. Whoever verifies the document notices by its own policy; this keeps us from believing it.
+        """
+        found = (evidence.measurement, evidence.debug)
+        if self._first is None:
+            self._first = found
+        elif found != self._first:
+            raise BindingRefused(
+                "the TEE device gave evidence of another enclave",
+                code="binding.measurement",
+                claim="own measurement",
+                expected=self._first[0].hex(),
+                actual=evidence.measurement.hex(),
+            )
 
     async def renew(self) -> None:
         """Rotate or sign anew when it is due."""
