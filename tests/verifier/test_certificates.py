@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister.core.evidence.pck import PckExtension
 from cloister.core.verifier import TrustAnchors
 from cloister.core.verifier.anchors import MAX_ROOTS
 from cloister.core.verifier.chain import (
@@ -133,3 +134,26 @@ def test_two_simulated_roots_of_one_kind(authority, other_authority):
     with pytest.raises(UsageError) as caught:
         TrustAnchors.simulated(authority.root_der + other_authority.root_der)
     assert (caught.value.code, caught.value.actual) == ("anchors.simulated-root", "dcap")
+
+
+def test_revocation_list_with_an_impossible_number(authority, now):
+    """It would be remembered, in a file that could not be read again."""
+    root = authority._root
+    crl = pki.revoke(
+        [],
+        issuer=root.certificate,
+        issuer_key=root.key,
+        issued=now,
+        next_update=now + DAY,
+        number=1 << 63,
+    )
+    with pytest.raises(EvidenceError, match="impossible number"):
+        load_crl(crl)
+
+
+def test_security_version_in_its_unsigned_form(authority):
+    """Some of Intel's certificates leave out the zero that DER puts before 128 and above."""
+    raw = pki.sgx_extension(authority._platform)
+    changed = raw.replace(b"\x02\x01\x02", b"\x02\x01\x80", 1)
+    assert changed != raw
+    assert PckExtension.from_bytes(changed).tcb_components == (0x80, *[2] * 15)

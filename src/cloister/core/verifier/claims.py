@@ -1,23 +1,33 @@
-"""What a policy can say of evidence, claim by claim: how each is checked, and when one policy admits another.
-
-`CLAIMS` lists them for each TEE, in the order in which they are looked at. A claim knows the policy's fields
-that it goes by; `cloister.core.verifier.forms` knows what those look like.
-"""
+"""What a policy can say of evidence: the claims of each TEE, in the order in which they are looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Final
 
-from cloister.core.evidence.snp import tcb_layout
-from cloister.core.verifier.forms import invalid
-from cloister.core.verifier.result import DcapPlatform, SnpPlatform, Step, VerifiedEvidence
-from cloister.errors import AppraisalRefused
+from cloister.core.verifier.kinds import (
+    Bound,
+    Checks,
+    Claim,
+    Components,
+    Denied,
+    Exactly,
+    Get,
+    Listed,
+    Masked,
+    Members,
+    ServiceTd,
+    SnpTcb,
+    Unless,
+    dcap_platform,
+    not_subset,
+    number,
+    snp_platform,
+)
+from cloister.core.verifier.result import VerifiedEvidence
 
-if TYPE_CHECKING:
-    from cloister.core.verifier.policy import AppraisalPolicy
+__all__ = ["CLAIMS", "Checks", "not_subset"]
 
 SGX_DEBUG: Final = 1 << 1  # Intel SDM, volume 3D: ATTRIBUTES
 TD_DEBUG: Final = 1 << 0  # Intel TDX module ABI: TDATTRIBUTES
@@ -26,399 +36,8 @@ TD_SEPT_VE_DISABLE: Final = 1 << 28
 SNP_MIGRATE_MA: Final = 1 << 18  # AMD 56860: POLICY
 SNP_DEBUG: Final = 1 << 19
 
-_Get = Callable[[VerifiedEvidence], Any]
-_ANY: Final = frozenset({"any"})
 
-
-class Checks:
-    """Comparisons in order: each becomes a step or a refusal."""
-
-    __slots__ = ("steps",)
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-
-    def require(self, claim: str, accepted: bool, expected: object, actual: object) -> None:
-        """Refuse with code ``appraisal.<claim>``, or note what was found."""
-        if not accepted:
-            raise AppraisalRefused(
-                code=f"appraisal.{claim.replace(' ', '-')}", claim=claim, expected=expected, actual=actual
-            )
-        self.steps.append(Step(name=claim, outcome="ok", detail=str(actual)))
-
-    def equal(self, claim: str, expected: object, actual: object) -> None:
-        """`require` that both are the same, of the same type."""
-        self.require(claim, type(expected) is type(actual) and expected == actual, expected, actual)
-
-    def note(self, claim: str, detail: str) -> None:
-        """Record what is not compared."""
-        self.steps.append(Step(name=claim, outcome="note", detail=detail))
-
-
-class Claim(Protocol):
-    """One claim of one TEE.
-
-    Attributes:
-        fields: The policy's fields that it goes by.
-    """
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The policy's fields that it goes by."""
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Refuse a policy that says too little, or contradicts itself; raises UsageError."""
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Compare evidence with the policy; raises AppraisalRefused."""
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Check that ``broader`` admits what ``narrower`` admits; raises AppraisalRefused."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Members:
-    """The evidence's value is one of a set. An empty set admits any, unless the claim is ``required``."""
-
-    name: str
-    field: str
-    get: _Get
-    required: bool = False
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The set."""
-        return (self.field,)
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """At least one value where it is required."""
-        if self.required and not getattr(policy, self.field):
-            raise invalid(self.field, "at least one", "none")
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Is it in the set."""
-        values, found = getattr(policy, self.field), self.get(verified)
-        if values:
-            checks.require(self.name, found in values, _listed(values), _plain(found))
-        else:
-            checks.note(self.name, f"any: {_plain(found)}")
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Is the narrower set within the broader one."""
-        allowed, found = getattr(broader, self.field), getattr(narrower, self.field)
-        if allowed:  # where nothing is listed, anything is admitted, which is more than any list
-            _require_within(self.field, allowed, found or _ANY)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Masked:
-    """The evidence's bits equal the policy's where its mask has a bit.
-
-    Attributes:
-        name: Of the claim, and of the field with the bits; the mask's field is named ``<name>_mask``.
-        get: The bits.
-        covers: Bits that the mask must have and the value must not, such as DEBUG.
-    """
-
-    name: str
-    get: _Get
-    covers: int = 0
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Value and mask."""
-        return (self.name, f"{self.name}_mask")
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """The mask covers what must never vary, and the value has only bits of the mask."""
-        value, mask = self._of(policy)
-        if mask & self.covers != self.covers:
-            raise invalid(f"{self.name}_mask", f"a mask that covers bits {_bits(self.covers)}", hex(mask))
-        if value & self.covers:
-            raise invalid(self.name, f"bits {_bits(self.covers)} clear", hex(value))
-        if value & ~mask:
-            raise invalid(self.name, f"only bits of {self.name}_mask", hex(value))
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Are the masked bits the same."""
-        value, mask = self._of(policy)
-        found = _number(self.get(verified))
-        expected = f"{hex(value)} under mask {hex(mask)}"
-        checks.require(self.name, found >= 0 and found & mask == value, expected, hex(found))
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Does the narrower policy fix at least the same bits, to the same values."""
-        value, mask = self._of(broader)
-        theirs, their_mask = self._of(narrower)
-        if mask & their_mask != mask or theirs & mask != value:
-            raise not_subset(
-                self.name,
-                f"{hex(value)} under mask {hex(mask)}",
-                f"{hex(theirs)} under mask {hex(their_mask)}",
-            )
-
-    def _of(self, policy: AppraisalPolicy) -> tuple[int, int]:
-        return _number(getattr(policy, self.name)), _number(getattr(policy, f"{self.name}_mask"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bound:
-    """The evidence's number is at least the policy's, or at most where ``upper`` is set."""
-
-    name: str
-    field: str
-    get: _Get
-    upper: bool = False
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The bound."""
-        return (self.field,)
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Any number will do."""
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Is it within the bound."""
-        limit, found = getattr(policy, self.field), self.get(verified)
-        within = type(found) is int and (found <= limit if self.upper else found >= limit)
-        checks.require(self.name, within, self._text(limit), str(found))
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Is the narrower bound at least as tight."""
-        limit, found = getattr(broader, self.field), getattr(narrower, self.field)
-        if found > limit if self.upper else found < limit:
-            raise not_subset(self.field, self._text(limit), found)
-
-    def _text(self, limit: int) -> str:
-        return f"{'at most' if self.upper else 'at least'} {limit}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exactly:
-    """The evidence's number is the policy's."""
-
-    name: str
-    get: _Get
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The number."""
-        return (self.name,)
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Any number will do."""
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Is it the same."""
-        checks.equal(self.name, getattr(policy, self.name), self.get(verified))
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Is it the same in both."""
-        if getattr(broader, self.name) != getattr(narrower, self.name):
-            raise not_subset(self.name, getattr(broader, self.name), getattr(narrower, self.name))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Components:
-    """Each of the evidence's security versions is at least the policy's."""
-
-    name: str
-    field: str
-    get: _Get
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The least versions."""
-        return (self.field,)
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Any versions will do."""
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Does none lie below."""
-        least, found = getattr(policy, self.field), self.get(verified)
-        known = type(found) is bytes and len(found) == len(least)
-        reached = known and all(have >= need for have, need in zip(found, least, strict=True))
-        checks.require(self.name, reached, f"at least {least.hex()}, each", _plain(found))
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Does none of the narrower policy's lie below."""
-        least, found = getattr(broader, self.field), getattr(narrower, self.field)
-        if any(have < need for have, need in zip(found, least, strict=True)):
-            raise not_subset(self.field, f"at least {least.hex()}, each", found.hex())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
-    """The evidence's value is one of a set, or the policy says by a flag that any will do; never both."""
-
-    name: str
-    field: str
-    flag: str
-    get: _Get
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Set and flag."""
-        return (self.field, self.flag)
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Exactly one of both is stated."""
-        values = getattr(policy, self.field)
-        if getattr(policy, self.flag) == bool(values):
-            raise invalid(self.field, f"{self.field}, or {self.flag} = true, not both", len(values))
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Is it in the set."""
-        found = self.get(verified)
-        if getattr(policy, self.flag):
-            checks.note(self.name, f"any: {_plain(found)}")
-        else:
-            values = getattr(policy, self.field)
-            checks.require(self.name, found in values, _listed(values), _plain(found))
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Is the narrower set within the broader one."""
-        if not getattr(broader, self.flag):
-            _require_within(self.field, getattr(broader, self.field), getattr(narrower, self.field) or _ANY)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Denied:
-    """None of the advisories that apply is one that the policy denies."""
-
-    field: str = "denied_advisories"
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The denied ones."""
-        return (self.field,)
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Any set will do."""
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Does none apply."""
-        denied = {name.casefold() for name in policy.denied_advisories}
-        found = sorted(name for name in verified.advisories if name.casefold() in denied)
-        checks.require("advisories", not found, "none that is denied", ", ".join(found) or "none")
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Does the narrower policy deny at least the same."""
-        _require_within(self.field, narrower.denied_advisories, broader.denied_advisories)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SnpTcb:
-    """Each part of a SEV-SNP platform's TCB is at least the policy's; a policy names some, or ``any_tcb``.
-
-    That goes for the reported TCB, for the one that launched the guest, and for the one that the platform
-    can't go back behind: firmware that was updated under a running guest doesn't mend how it was launched.
-    """
-
-    PARTS = ("bootloader", "tee", "snp", "microcode", "fmc")
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The least versions, and the flag."""
-        return (*(f"min_{part}" for part in self.PARTS), "any_tcb")
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Minimums or the flag, not both."""
-        if policy.any_tcb == any(self._least(policy).values()):
-            raise invalid("min_snp", "minimum TCB parts, or any_tcb = true, not both", self._least(policy))
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Does no part lie below; a part that the processor lacks counts as 0."""
-        if policy.any_tcb:
-            checks.note("tcb", f"any: {_parts(_snp(verified).tcb)}")
-            return
-        least, layout = self._least(policy), tcb_layout(_snp(verified).product)
-        for name in ("reported", "launch", "committed"):
-            raw = verified.measurements.get(f"{name}_tcb")
-            octets = raw if isinstance(raw, bytes) else b""
-            found = {part: octets[index] for part, index in layout.items() if index < len(octets)}
-            reached = all(found.get(part, 0) >= need for part, need in least.items())
-            claim = "tcb" if name == "reported" else f"{name} tcb"
-            checks.require(claim, reached, f"at least {_parts(least)}", _parts(found) or "none")
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Does none of the narrower policy's lie below."""
-        least, found = self._least(broader), self._least(narrower)
-        if any(found[part] < need for part, need in least.items()):
-            raise not_subset("tcb", f"at least {_parts(least)}", _parts(found))
-
-    def _least(self, policy: AppraisalPolicy) -> dict[str, int]:
-        return {part: getattr(policy, f"min_{part}") for part in self.PARTS}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unless:
-    """Something must hold, unless the policy's flag lets it go; without a flag it must hold always."""
-
-    name: str
-    holds: Callable[[VerifiedEvidence], bool]
-    expected: str
-    found: Callable[[VerifiedEvidence], str]
-    flag: str = ""
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The flag, where there is one."""
-        return (self.flag,) if self.flag else ()
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Either will do."""
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Does it hold, or needn't it."""
-        if self.flag and getattr(policy, self.flag) and not self.holds(verified):
-            checks.note(self.name, f"{self.found(verified)}, which {self.flag} lets pass")
-        else:
-            checks.require(self.name, self.holds(verified), self.expected, self.found(verified))
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Does the narrower policy let nothing more go."""
-        if self.flag and getattr(narrower, self.flag) and not getattr(broader, self.flag):
-            raise not_subset(self.flag, "false", "true")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceTd:
-    """No service TD is bound to the TD (MRSERVICETD is zero), or it is one that the policy lists."""
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Service TDs that may be bound."""
-        return ("mr_service_td",)
-
-    def check(self, policy: AppraisalPolicy) -> None:
-        """Any set will do."""
-
-    def appraise(self, checks: Checks, policy: AppraisalPolicy, verified: VerifiedEvidence) -> None:
-        """Is there none, or a listed one; TD 1.0 reports have no such field."""
-        found = verified.measurements.get("mr_service_td", bytes(48))
-        accepted = found == bytes(48) or found in policy.mr_service_td
-        checks.require("mr_service_td", accepted, _listed({bytes(48), *policy.mr_service_td}), _plain(found))
-
-    def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
-        """Is the narrower set within the broader one."""
-        _require_within("mr_service_td", broader.mr_service_td, narrower.mr_service_td)
-
-
-def not_subset(claim: str, expected: object, actual: object) -> AppraisalRefused:
-    """The error of a policy that admits more than another."""
-    return AppraisalRefused(
-        f"one policy admits more than the other: {claim}",
-        code="appraisal.not-subset",
-        claim=claim,
-        expected=expected,
-        actual=actual,
-    )
-
-
-def _measured(name: str) -> _Get:
+def _measured(name: str) -> Get:
     return lambda verified: verified.measurements.get(name)
 
 
@@ -426,46 +45,8 @@ def _member(name: str, *, required: bool = False) -> Members:
     return Members(name=name, field=name, get=_measured(name), required=required)
 
 
-def _dcap(verified: VerifiedEvidence) -> DcapPlatform:
-    assert isinstance(verified.platform, DcapPlatform)  # what verifies quotes makes no other
-    return verified.platform
-
-
-def _snp(verified: VerifiedEvidence) -> SnpPlatform:
-    assert isinstance(verified.platform, SnpPlatform)  # what verifies reports makes no other
-    return verified.platform
-
-
 def _bit(name: str, bits: int) -> Callable[[VerifiedEvidence], bool]:
-    return lambda verified: bool(_number(verified.measurements.get(name)) & bits)
-
-
-def _require_within(claim: str, allowed: frozenset[Any], found: frozenset[Any]) -> None:
-    if not found <= allowed:
-        raise not_subset(claim, _listed(allowed) or "none", _listed(found - allowed))
-
-
-def _number(value: Any) -> int:
-    """Bits as a number: bytes are little-endian, as the vendors lay them out; -1 for what has no bits."""
-    if type(value) is bytes:
-        return int.from_bytes(value, "little")
-    return value if type(value) is int else -1
-
-
-def _bits(mask: int) -> str:
-    return ", ".join(str(bit) for bit in range(mask.bit_length()) if mask >> bit & 1)
-
-
-def _parts(tcb: Mapping[str, int]) -> str:
-    return ", ".join(f"{part} {number}" for part, number in tcb.items())
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(sorted(_plain(value) for value in values))
-
-
-def _plain(value: object) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
+    return lambda verified: bool(number(verified.measurements.get(name)) & bits)
 
 
 def _debug(name: str = "", bits: int = 0) -> Unless:
@@ -483,7 +64,9 @@ _DCAP: Final[tuple[Claim, ...]] = (
     Members(name="tcb status", field="allowed_tcb", get=lambda found: found.tcb_status, required=True),
     Denied(),
     Bound(name="tcb evaluation", field="min_tcb_evaluation", get=lambda found: found.tcb_evaluation_number),
-    Listed(name="platform", field="platforms", flag="any_platform", get=lambda found: _dcap(found).fmspc),
+    Listed(
+        name="platform", field="platforms", flag="any_platform", get=lambda found: dcap_platform(found).fmspc
+    ),
 )
 CLAIMS: Final[Mapping[str, tuple[Claim, ...]]] = MappingProxyType(
     {
@@ -537,9 +120,9 @@ CLAIMS: Final[Mapping[str, tuple[Claim, ...]]] = MappingProxyType(
             SnpTcb(),
             Unless(
                 name="signer",
-                holds=lambda verified: _snp(verified).signer == "VCEK",
+                holds=lambda verified: snp_platform(verified).signer == "VCEK",
                 expected="VCEK",
-                found=lambda verified: _snp(verified).signer,
+                found=lambda verified: snp_platform(verified).signer,
                 flag="allow_vlek",
             ),
             Unless(
@@ -553,9 +136,9 @@ CLAIMS: Final[Mapping[str, tuple[Claim, ...]]] = MappingProxyType(
                 name="platform",
                 field="products",
                 flag="any_platform",
-                get=lambda verified: _snp(verified).product,
+                get=lambda verified: snp_platform(verified).product,
             ),
-            Members(name="chip_id", field="chip_ids", get=lambda verified: _snp(verified).chip_id),
+            Members(name="chip_id", field="chip_ids", get=lambda verified: snp_platform(verified).chip_id),
         ),
         "nitro": (
             _debug(),
