@@ -154,6 +154,6 @@ def test_revocation_list_with_an_impossible_number(authority, now):
 def test_security_version_in_its_unsigned_form(authority):
     """Some of Intel's certificates leave out the zero that DER puts before 128 and above."""
     raw = pki.sgx_extension(authority._platform)
-    changed = raw.replace(b"\x02\x01\x02", b"\x02\x01\x80", 1)
+    changed = raw.replace(b"\x02\x01\x02\x01\x02", b"\x02\x01\x02\x01\x80", 1)  # the first component
     assert changed != raw
     assert PckExtension.from_bytes(changed).tcb_components == (0x80, *[2] * 15)
