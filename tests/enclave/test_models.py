@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -121,6 +122,17 @@ async def test_something_else(scale, blob):
     with pytest.raises((FormatError, Tampered)):
         async with cache.use(scale.live):
             raise AssertionError
+
+
+async def test_a_large_model_that_is_refused_leaves_no_thread():
+    big = seal_model(size=5 << 20)
+    budget = 2 * len(big.blob)
+    await load(serving(big, big.blob, piece=MIB), big, budget)
+    blob = bytearray(big.blob)
+    blob[-1] ^= 1
+    await refused(Tampered, "sealing.chunk", serving(big, bytes(blob), piece=MIB), big, budget)
+    await refused(Tampered, "sealing.truncated", serving(big, big.blob[: 3 * MIB], piece=MIB), big, budget)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("unseal")]
 
 
 async def test_an_altered_header(scale):

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections import deque
+from concurrent.futures import Executor, Future
 from typing import Final
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -27,6 +28,7 @@ from cloister.core.secret import Secret
 from cloister.errors import UsageError
 
 KEY_SIZE: Final = 32  # bytes
+_MAX_WAITING: Final = 4  # chunks that wait for a hasher
 
 
 def require_key(key: Secret) -> None:
@@ -79,33 +81,54 @@ class ChunkTree:
     The tree has RFC 9162's shape (section 2.1.1). Leaf: HMAC-SHA256 of the chunk under the leaf key; node:
     SHA-256 of 0x01, left, right. The number of leaves is fixed by the header, so leaves and nodes can't be
     taken for each other.
+
+    Args:
+        leaf_key: 32 bytes.
+        hashers: Threads, the caller's, that hash leaves while the caller goes on: SHA-256 is the slowest part
+            of sealing. A chunk must then keep its content until `settle` or `root` returns.
     """
 
-    __slots__ = ("_count", "_hash_leaf", "_pending")
+    __slots__ = ("_count", "_hashers", "_leaf_key", "_pending", "_waiting")
 
-    def __init__(self, leaf_key: bytes) -> None:
-        self._hash_leaf: Callable[[bytes | memoryview], bytes] = lambda chunk: hmac.digest(
-            leaf_key, chunk, "sha256"
-        )
+    def __init__(self, leaf_key: bytes, hashers: Executor | None = None) -> None:
+        self._leaf_key = leaf_key
+        self._hashers = hashers
         self._count = 0
         self._pending: list[bytes] = []  # roots of complete subtrees, the largest first
+        self._waiting: deque[Future[bytes]] = deque()
 
     def append(self, chunk: bytes | memoryview) -> None:
         """Add the next chunk of plaintext."""
-        node = self._hash_leaf(chunk)
+        if self._hashers is None:
+            self._add(self._hash_leaf(chunk))
+            return
+        if len(self._waiting) == _MAX_WAITING:
+            self._add(self._waiting.popleft().result())
+        self._waiting.append(self._hashers.submit(self._hash_leaf, chunk))
+
+    def settle(self) -> None:
+        """Wait until every chunk was read."""
+        while self._waiting:
+            self._add(self._waiting.popleft().result())
+
+    def root(self) -> bytes:
+        """The root over the chunks added so far; at least one."""
+        self.settle()
+        node = self._pending[-1]
+        for left in reversed(self._pending[:-1]):
+            node = _join(left, node)
+        return node
+
+    def _hash_leaf(self, chunk: bytes | memoryview) -> bytes:
+        return hmac.digest(self._leaf_key, chunk, "sha256")
+
+    def _add(self, node: bytes) -> None:
         merges = self._count
         while merges & 1:
             node = _join(self._pending.pop(), node)
             merges >>= 1
         self._pending.append(node)
         self._count += 1
-
-    def root(self) -> bytes:
-        """The root over the chunks added so far; at least one."""
-        node = self._pending[-1]
-        for left in reversed(self._pending[:-1]):
-            node = _join(left, node)
-        return node
 
 
 def _join(left: bytes, right: bytes) -> bytes:

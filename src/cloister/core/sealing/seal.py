@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -85,7 +87,8 @@ class Sealing:
         self._used = True
         yield self.header.to_bytes()
         digest, last = self.header.digest, self.header.chunks - 1
-        for index, chunk in enumerate(_cut(self._sections, self.header.sections, self.header.chunk_size)):
+        runs = _cut(self._sections, self.header.sections, self.header.chunk_size)
+        for index, chunk in enumerate(chain.from_iterable(runs)):
             yield self._cipher.encrypt(
                 chunk_nonce(index, last=index == last), chunk, chunk_aad(digest, index)
             )
@@ -94,8 +97,8 @@ class Sealing:
 def seal(sections: Sequence[Section], *, model_id: str, key: Secret, chunk_size: int = CHUNK_SIZE) -> Sealing:
     """Seal ``sections`` under the model key.
 
-    This makes the first pass (about the speed of SHA-256); iterating over the result makes the second (that
-    of AES-256-GCM). A key may seal any number of models: each has its own salt and so its own file key.
+    This makes the first pass (SHA-256, in two threads that end with it); iterating over the result makes the
+    second (AES-256-GCM). A key may seal any number of models: each has its own salt and so its own file key.
 
     Args:
         sections: In the order of the plaintext; each starts at a page of it, with zeros in between.
@@ -113,16 +116,20 @@ def seal(sections: Sequence[Section], *, model_id: str, key: Secret, chunk_size:
     check_chunk_size(chunk_size)
     layout = lay_out([(section.name, section.length) for section in sections])
     salt = os.urandom(DIGEST_SIZE)
-    tree = ChunkTree(derive_leaf_key(key, salt))
-    for chunk in _cut(sections, layout, chunk_size):
-        tree.append(chunk)
+    with ThreadPoolExecutor(2, thread_name_prefix="seal") as hashers:
+        tree = ChunkTree(derive_leaf_key(key, salt), hashers)
+        for run in _cut(sections, layout, chunk_size):
+            for chunk in run:
+                tree.append(chunk)
+            tree.settle()
+        root = tree.root()
     header = SealedHeader(
         model_id=model_id,
         size=layout[-1].stop,
         chunk_size=chunk_size,
         salt=salt,
         commitment=derive_commitment(key, salt),
-        root=tree.root(),
+        root=root,
         sections=layout,
     )
     return Sealing(header, tuple(sections), chunk_cipher(key, header))
@@ -130,10 +137,13 @@ def seal(sections: Sequence[Section], *, model_id: str, key: Secret, chunk_size:
 
 def _cut(
     sections: Sequence[Section], layout: Sequence[SectionRange], chunk_size: int
-) -> Iterator[memoryview]:
-    """Cut the plaintext into chunks; a chunk that lies in one of the caller's buffers is not copied."""
+) -> Iterator[Iterable[memoryview]]:
+    """Cut the plaintext into chunks, given in runs; a chunk keeps its content until the next run.
+
+    A chunk that lies in one of the caller's buffers is not copied.
+    """
     scratch = memoryview(bytearray(chunk_size))
-    fill, count = 0, 0
+    fill, empty = 0, True
     for piece in _pieces(sections, layout):
         rest = piece
         if fill:
@@ -142,16 +152,16 @@ def _cut(
             fill, rest = fill + taken, rest[taken:]
             if fill < chunk_size:
                 continue
-            yield scratch
-            fill, count = 0, count + 1
+            yield (scratch,)
+            fill, empty = 0, False
         whole = len(rest) - len(rest) % chunk_size
-        for start in range(0, whole, chunk_size):
-            yield rest[start : start + chunk_size]
-            count += 1
+        if whole:
+            yield [rest[start : start + chunk_size] for start in range(0, whole, chunk_size)]
+            empty = False
         fill = len(rest) - whole
         scratch[:fill] = rest[whole:]
-    if fill or not count:
-        yield scratch[:fill]
+    if fill or empty:
+        yield (scratch[:fill],)
 
 
 def _pieces(sections: Sequence[Section], layout: Sequence[SectionRange]) -> Iterator[memoryview]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hmac
+from concurrent.futures import Executor, ThreadPoolExecutor
+from types import TracebackType
+from typing import Final, Self
 
 from cryptography.exceptions import InvalidTag
 
@@ -20,6 +23,7 @@ from cloister.core.secret import Secret
 from cloister.errors import Tampered, UsageError
 
 Buffer = bytes | bytearray | memoryview
+_HASHED_BESIDE: Final = 4 << 20  # bytes of plaintext from which a thread of its own hashes
 
 
 class Opener:
@@ -37,6 +41,7 @@ class Opener:
         header: As it was read from the host.
         digest: SHA-256 of the header that the owner's statement names, 32 bytes. Who sealed the container
             itself, and holds it still, passes ``header.digest``.
+        hashers: As `ChunkTree`: what `open_into` fills must then keep its content until `finish` returns.
 
     Raises:
         UsageError: the key is not 32 bytes (code ``sealing.key-size``).
@@ -45,7 +50,9 @@ class Opener:
 
     __slots__ = ("_cipher", "_digest", "_opened", "_tree", "header")
 
-    def __init__(self, key: Secret, header: SealedHeader, *, digest: bytes) -> None:
+    def __init__(
+        self, key: Secret, header: SealedHeader, *, digest: bytes, hashers: Executor | None = None
+    ) -> None:
         require_key(key)
         header.require(digest)
         if not hmac.compare_digest(derive_commitment(key, header.salt), header.commitment):
@@ -59,7 +66,7 @@ class Opener:
         self.header = header
         self._digest = digest
         self._cipher = chunk_cipher(key, header)
-        self._tree = ChunkTree(derive_leaf_key(key, header.salt))
+        self._tree = ChunkTree(derive_leaf_key(key, header.salt), hashers)
         self._opened = 0
 
     @property
@@ -156,6 +163,9 @@ class Unsealer:
     Feed it what follows the header. Either `feed` pieces, or read straight into `room` and say how much with
     `filled`; the ciphertext is this object's own copy in both cases. Holds the plaintext and one chunk.
 
+    A context manager: from 4 MiB on, a thread hashes each chunk while the next is decrypted, and leaving ends
+    it.
+
     Attributes:
         header: Of the container.
 
@@ -172,12 +182,13 @@ class Unsealer:
         Tampered: as `Opener`.
     """
 
-    __slots__ = ("_fill", "_opener", "_plaintext", "_position", "_scratch", "header")
+    __slots__ = ("_fill", "_hasher", "_opener", "_plaintext", "_position", "_scratch", "header")
 
     def __init__(
         self, key: Secret, header: SealedHeader, *, digest: bytes, into: bytearray | memoryview | None = None
     ) -> None:
-        self._opener = Opener(key, header, digest=digest)
+        self._hasher = ThreadPoolExecutor(1, "unseal") if header.size >= _HASHED_BESIDE else None
+        self._opener = Opener(key, header, digest=digest, hashers=self._hasher)
         self.header = header
         plaintext = memoryview(bytearray(header.size) if into is None else into).cast("B")
         if plaintext.nbytes < header.size or plaintext.readonly:
@@ -192,6 +203,19 @@ class Unsealer:
         self._scratch = memoryview(bytearray(min(header.chunk_size, header.size) + TAG_SIZE))
         self._fill = 0
         self._position = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread; what `finish` gave stays."""
+        if self._hasher is not None:
+            self._hasher.shutdown(cancel_futures=True)
 
     def room(self) -> memoryview:
         """Where the next bytes of ciphertext go; empty once the last chunk is open."""
@@ -264,9 +288,9 @@ def read_sections(container: Buffer, *, key: Secret, digest: bytes) -> dict[str,
     size = header_size(view)
     if view.nbytes < size:
         raise _truncated(f"{size} B of header", f"{view.nbytes} B")
-    unsealer = Unsealer(key, SealedHeader.from_bytes(view[:size]), digest=digest)
-    unsealer.feed(view[size:])
-    return unsealer.finish()
+    with Unsealer(key, SealedHeader.from_bytes(view[:size]), digest=digest) as unsealer:
+        unsealer.feed(view[size:])
+        return unsealer.finish()
 
 
 def _truncated(expected: str, actual: str) -> Tampered:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -231,23 +231,22 @@ class ModelCache:
         """Open the sealed model as it arrives; nothing of it is used before its last chunk verified."""
         unsealer: Unsealer | None = None
         start = bytearray()
-        async for piece in self._link.blob(sealed.blob, sealed.size):
+        with ExitStack() as opened:
+            async for piece in self._link.blob(sealed.blob, sealed.size):
+                if unsealer is not None:
+                    unsealer.feed(piece)
+                    continue
+                start += piece
+                if len(start) < PREFIX_SIZE:
+                    continue
+                length = header_size(bytes(start[:PREFIX_SIZE]))
+                if len(start) < length:
+                    continue
+                unsealer = opened.enter_context(self._begin(live, sealed, bytes(start[:length])))
+                unsealer.feed(memoryview(start)[length:])
             if unsealer is not None:
-                unsealer.feed(piece)
-                continue
-            start += piece
-            if len(start) < PREFIX_SIZE:
-                continue
-            length = header_size(bytes(start[:PREFIX_SIZE]))
-            if len(start) < length:
-                continue
-            unsealer = self._begin(live, sealed, bytes(start[:length]))
-            unsealer.feed(memoryview(start)[length:])
-        if unsealer is None:
-            raise Tampered(
-                "the sealed model ends in its header", code="sealing.truncated", claim="sealed model"
-            )
-        return unsealer.finish()
+                return unsealer.finish()
+        raise Tampered("the sealed model ends in its header", code="sealing.truncated", claim="sealed model")
 
     def _begin(self, live: LiveModel, sealed: SealedModel, raw: bytes) -> Unsealer:
         header = SealedHeader.from_bytes(raw)
