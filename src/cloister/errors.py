@@ -99,7 +99,7 @@ class CloisterError(Exception):
         """One line: what failed, what was expected, what was found, what to do."""
         text = self.message
         if self.claim and self.claim not in text:
-            text += f" [{self.claim}]"
+            text += f" {self.claim}" if self.claim.startswith("[") else f" [{self.claim}]"
         if self.expected:
             text += f": expected {self.expected}, found {self.actual or 'nothing'}"
         elif self.actual:

@@ -25,14 +25,19 @@ from urllib.parse import unquote
 import pytest
 
 import cloister
+from cloister.cli.site import reference_policy
+from cloister.core.evidence.bundle import Collateral
 from cloister.core.protocol.trust import Consent, UserPolicy
 from cloister.core.verifier.anchors import split_certificates
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.core.verifier.chain import to_pem
 from cloister.core.verifier.claims import CLAIMS
+from cloister.core.verifier.collateral_key import DcapKey
 from cloister.core.verifier.forms import FORMS, Number, Octets, OctetSet
 from cloister.owner.policy import OPTIONS, ModelPolicy
+from cloister.sim import tees
 from cloister.sim.authority import SimulatedAuthority
+from cloister.sim.measurement import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(cloister.__file__).resolve().parent
@@ -70,7 +75,15 @@ def test_links_resolve(path: Path) -> None:
 
 def test_the_readme_leads_to_every_document() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("architecture", "protocol", "policies", "threat-model", "dependencies", "errors"):
+    for name in (
+        "architecture",
+        "protocol",
+        "policies",
+        "evidence",
+        "threat-model",
+        "dependencies",
+        "errors",
+    ):
         assert f"(docs/{name}.md)" in readme
     for name in ("LIMITATIONS.md", "SECURITY.md", "CHANGELOG.md", "LICENSE"):
         assert f"({name})" in readme
@@ -280,6 +293,67 @@ def test_every_key_of_both_policies_has_its_row() -> None:
     consent = {field.name for field in fields(Consent)}
     assert rows_of("A user policy").keys() == {"service", "key_service", "worker", "consent"} | consent
     assert rows_of("A model policy").keys() == {"release", "key_service", "options", *OPTIONS}
+
+
+# Evidence
+
+
+@pytest.fixture(scope="module")
+def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the page on evidence speaks of: a quote, its collateral and a policy; simulated, of now."""
+    folder, now = tmp_path_factory.mktemp("evidence"), int(time.time())
+    authority, measured = SimulatedAuthority.create(folder / "authority", now=now), measure("worker")
+    evidence = tees.evidence(authority, measured, "tdx", b"mine".ljust(64, b"\0"), now)
+    assert isinstance(evidence.collateral, Collateral)
+    (folder / "quote.bin").write_bytes(evidence.quote)
+    (folder / "collateral.json").write_text(evidence.collateral.to_json())
+    kept = folder / "collateral" / DcapKey.from_quote(evidence.quote).file
+    kept.parent.mkdir(parents=True)  # as `cloister collateral fetch` fills it
+    kept.write_text(evidence.collateral.to_json())
+    (folder / "policy.toml").write_text(reference_policy(measured, authority.roots_der, "tdx").to_toml())
+    return folder
+
+
+def blocks_on_evidence(wanted: str) -> list[str]:
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    return [block for language, block in _BLOCK.findall(text) if language == wanted]
+
+
+@pytest.mark.parametrize(
+    ("expected", "says"),
+    [(b"mine", "refused: binding"), (b"mine".ljust(64, b"\0"), "accepted, to be verified")],
+)
+def test_the_program_that_verifies_runs_as_written(at_hand: Path, expected: bytes, says: str) -> None:
+    (program,) = blocks_on_evidence("python")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=at_hand,
+        env={**_environment(), "EXPECTED": expected.hex()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.startswith(says)
+    assert ("[ok] mr_td: " in done.stdout) == says.startswith("accepted")
+
+
+def test_the_commands_on_evidence_run_as_written(at_hand: Path) -> None:
+    show, fetch, verify = (block.splitlines() for block in blocks_on_evidence("sh"))
+    assert "cloister collateral fetch --quote quote.bin" in fetch[0]  # it needs a network
+    functions = f'cloister() {{ "{sys.executable}" -m cloister.cli "$@"; }}\nEXPECTED={b"mine".hex()}\n'
+    assert "NOT verified" in _run(["bash", "-euc", functions + show[0]], at_hand)
+    assert "tdx evidence, accepted" in _run(["bash", "-euc", functions + verify[1]], at_hand)
+    refused = subprocess.run(  # without the policy, that the roots are simulated is nobody's wish
+        ["bash", "-euc", functions + verify[0]],
+        cwd=at_hand,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (refused.returncode, "evidence.simulated" in refused.stderr) == (1, True)
 
 
 # A service by hand

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterator
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,18 @@ import pytest
 from typer.testing import CliRunner
 
 from cloister.cli.collateral import app
-from cloister.core.verifier import TrustAnchors, dcap, snp
+from cloister.core.verifier import TrustAnchors, dcap, snp, verify
 from cloister.core.verifier.collateral_key import DcapKey
 from cloister.enclave.attester.stapled import StapledCollateral
 from cloister.errors import CloisterError, EvidenceError, Unavailable, UsageError
 from cloister.host.collateral import CollateralFolder
+from cloister.party.evidence import TEE_NAMES, open_evidence
+from cloister.party.file_kinds import MAX_FILE
+from cloister.sim import tees
 from cloister.sim.authority import SimulatedAuthority
+from cloister.sim.measurement import measure
 from cloister.sim.snp import SimulatedAmd
-from support.vendors import VendorServer
-
-NOW = int(time.time())
-
-
-@pytest.fixture(scope="module")
-def intel(tmp_path_factory: pytest.TempPathFactory) -> SimulatedAuthority:
-    return SimulatedAuthority.create(tmp_path_factory.mktemp("intel"), now=NOW)
-
-
-@pytest.fixture(scope="module")
-def amd() -> SimulatedAmd:
-    return SimulatedAmd.create(now=NOW, product="Genoa")
-
-
-@pytest.fixture
-def vendors(intel: SimulatedAuthority, amd: SimulatedAmd) -> Iterator[VendorServer]:
-    server = VendorServer(intel, amd, NOW)
-    yield server
-    server.close()
+from support.vendors import NOW, VendorServer
 
 
 @pytest.fixture
@@ -61,6 +45,13 @@ def fetch(folder: Path, vendors: VendorServer, *arguments: object) -> dict[str, 
     answer = json.loads(out)
     assert answer["folder"] == str(folder)
     return answer  # type: ignore[no-any-return]
+
+
+def command(error: CloisterError) -> list[str]:
+    """What follows `cloister collateral` in the command that a hint names."""
+    words = shlex.split(error.hint.split("`")[1])
+    assert words[:2] == ["cloister", "collateral"]
+    return words[2:]
 
 
 def sgx_quote(intel: SimulatedAuthority) -> bytes:
@@ -113,9 +104,7 @@ def test_the_command_that_an_enclave_names_gives_it_what_it_misses(
     stapled = StapledCollateral(folder)
     with pytest.raises(Unavailable) as caught:
         stapled.staple_quote(sgx_quote(intel))
-    command = caught.value.hint.split("`")[1].split()
-    assert command[:2] == ["cloister", "collateral"]
-    run(*command[2:], "--pcs", vendors.url, "--json")
+    run(*command(caught.value), "--pcs", vendors.url, "--json")
     assert stapled.staple_quote(sgx_quote(intel)).tee == "sgx"
 
 
@@ -125,7 +114,7 @@ def test_the_command_that_an_snp_guest_names_gives_it_what_it_misses(
     report, stapled = amd.report(report_data=bytes(64), measurement=bytes(48)), StapledCollateral(folder)
     with pytest.raises(Unavailable) as caught:
         stapled.staple_report(report, b"")
-    run(*caught.value.hint.split("`")[1].split()[2:], "--kds", vendors.url, "--json")
+    run(*command(caught.value), "--kds", vendors.url, "--json")
     assert stapled.staple_report(report, b"").tee == "snp"
 
 
@@ -205,14 +194,73 @@ def test_values_of_another_form_are_refused(
     assert not vendors.asked
 
 
-def test_files_that_are_no_evidence_are_refused(vendors: VendorServer, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--quote", "--report"])
+def test_files_that_are_no_evidence_are_refused(
+    vendors: VendorServer, folder: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(MAX_FILE + 1))
+    (tmp_path / "page").write_bytes(b"<html>")
+    (tmp_path / "cut").write_bytes(b"\3\0\2\0\0\0\0\0\0\0")
+    for name, code, claim in (
+        ("missing", "file.read", option[2:]),
+        ("large", "usage", option[2:]),
+        ("page", "evidence.format", "evidence"),
+        ("cut", "evidence.format", "quote"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            fetch(folder, vendors, option, tmp_path / name)
+        assert (caught.value.code, caught.value.claim) == (code, claim)
+    assert not vendors.asked
+
+
+@pytest.mark.parametrize(
+    ("option", "tee", "hint"),
+    [
+        ("--quote", "snp", "--report"),
+        ("--report", "sgx", "--quote"),
+        ("--report", "tdx", "--quote"),
+        ("--quote", "nitro", "nothing is to be fetched"),
+        ("--report", "nitro", "nothing is to be fetched"),
+    ],
+)
+def test_another_kind_of_evidence_is_refused(
+    intel: SimulatedAuthority,
+    vendors: VendorServer,
+    folder: Path,
+    tmp_path: Path,
+    option: str,
+    tee: str,
+    hint: str,
+) -> None:
+    raw = tees.evidence(intel, measure("worker"), tee, bytes(64), NOW).quote
+    (tmp_path / "evidence").write_bytes(raw)
     with pytest.raises(UsageError) as caught:
-        fetch(folder, vendors, "--quote", tmp_path / "missing")
-    assert caught.value.code == "file.read"
-    (tmp_path / "large").write_bytes(bytes((16 << 10) + 1))
+        fetch(folder, vendors, option, tmp_path / "evidence")
+    assert (caught.value.code, caught.value.claim) == ("collateral.what", option)
+    assert caught.value.actual == f"{tmp_path / 'evidence'}: {TEE_NAMES[tee]}"
+    assert hint in caught.value.hint
+    assert not vendors.asked
+
+
+@pytest.mark.parametrize("kind", ["quote", "report"])
+def test_the_command_that_a_verifier_names_gives_it_what_it_misses(
+    intel: SimulatedAuthority, amd: SimulatedAmd, vendors: VendorServer, tmp_path: Path, kind: str
+) -> None:
+    raw = sgx_quote(intel) if kind == "quote" else amd.report(report_data=bytes(64), measurement=bytes(48))
+    file, folder = tmp_path / "in hex", tmp_path / "the collateral"
+    file.write_text(raw.hex())
+    folder.mkdir()
     with pytest.raises(UsageError) as caught:
-        fetch(folder, vendors, "--report", tmp_path / "large")
-    assert caught.value.code == "collateral.what"
+        open_evidence(file, [folder])
+    run(*command(caught.value), "--pcs", vendors.url, "--kds", vendors.url, "--json")
+    evidence = open_evidence(file, [folder])
+    assert verify(evidence, anchors=anchors(intel, amd), now=NOW).simulated
+    if kind == "report":
+        next((folder / "snp").glob("*.crl")).unlink()
+        with pytest.raises(UsageError) as caught:
+            open_evidence(file, [folder])
+        run(*command(caught.value), "--kds", vendors.url, "--json")
+        assert open_evidence(file, [folder]) == evidence
 
 
 def test_people_get_a_table(vendors: VendorServer, folder: Path) -> None:

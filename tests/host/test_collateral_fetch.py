@@ -21,28 +21,10 @@ from cloister.host.collateral.pcs import INTEL_ROOT_CRL, require_coherent, signe
 from cloister.host.collateral.service import require_url
 from cloister.sim.authority import FMSPC, SimulatedAuthority
 from cloister.sim.snp import SimulatedAmd
-from support.vendors import Answer, VendorServer
+from support.vendors import NOW, Answer, VendorServer
 
-NOW = int(time.time())
 SGX = DcapKey(tee="sgx", fmspc=FMSPC, ca="processor")
 TDX = DcapKey(tee="tdx", fmspc=FMSPC, ca="processor")
-
-
-@pytest.fixture(scope="module")
-def intel(tmp_path_factory: pytest.TempPathFactory) -> SimulatedAuthority:
-    return SimulatedAuthority.create(tmp_path_factory.mktemp("intel"), now=NOW)
-
-
-@pytest.fixture(scope="module")
-def amd() -> SimulatedAmd:
-    return SimulatedAmd.create(now=NOW, product="Genoa")
-
-
-@pytest.fixture
-def vendors(intel: SimulatedAuthority, amd: SimulatedAmd) -> Iterator[VendorServer]:
-    server = VendorServer(intel, amd, NOW)
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cbor2
 import pytest
+from hypothesis import given as hypothesis_given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cloister.cli.app import app
 from cloister.cli.output import table
 from cloister.cli.site import reference_policy
 from cloister.core.evidence.bundle import Collateral
+from cloister.core.evidence.snp_table import CertificateTable
 from cloister.core.verifier import TrustAnchors, verify
 from cloister.core.verifier.anchors import split_certificates
-from cloister.core.verifier.chain import read_pem, to_pem
+from cloister.core.verifier.chain import AMD, load_chain, read_pem, to_pem
+from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.errors import CloisterError, EvidenceError, UsageError
-from cloister.party.evidence import MAX_FILE, read_evidence, read_signed
+from cloister.host.collateral import CollateralFolder
+from cloister.party.evidence import open_evidence, read_evidence, read_signed
+from cloister.party.file_kinds import MAX_FILE
 from cloister.sim import tees
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.measurement import measure
@@ -189,6 +197,349 @@ def test_amd_collateral_that_is_none(evidence, collateral):
 def test_dcap_collateral_that_is_none(evidence, collateral):
     with pytest.raises(CloisterError):
         read_evidence(evidence["sgx"].quote, collateral)
+
+
+TOML = b'# who may answer\ntee = "sgx"\n'
+PAGE = b"<!DOCTYPE html>\n<html><body>404</body></html>"
+ODDITIES = {
+    "empty": (b"", "an empty file"),
+    "page": (PAGE, "HTML or XML, as a web server's error page is"),
+    "policy": (TOML, "a TOML file, as policies are"),
+    "section": (b"[[all_of]]\ntee = 1\n", "a TOML file, as policies are"),
+    "cut": (b'{"tcb_info": "', "JSON that is cut off or broken"),
+    "utf-16": ('{"tcb_info": "ü"}'.encode("utf-16-le"), "JSON that is cut off or broken"),
+    "deep": (b"[" * 100_000, "JSON that is cut off or broken"),
+    "list": (b"[]", "JSON with other fields"),
+    "pcs": (b'{"tcbInfo": {}, "signature": ""}', "a single answer of Intel's PCS (JSON)"),
+    "key": (b"-----BEGIN EC PRIVATE KEY-----\nAAAA", "PEM of another kind (EC PRIVATE KEY)"),
+    "crl": (b"-----BEGIN X509 CRL-----\nAAAA", "a revocation list (PEM)"),
+    "der": (b"\x30\x82\0\1\0", "DER that is neither a certificate nor a revocation list"),
+    "text": ("schlüssel".encode(), "10 B of text"),
+    "cut text": (b"x" * 1023 + "ü".encode(), "1025 B of text"),
+    "binary": (b"\0\1\2", "3 B of binary data"),
+    "latin": ("schlüssel".encode("latin-1") + b"....", "13 B of binary data"),
+    "zeros": (bytes(64), "64 B of zeros"),
+}
+
+
+def odd(evidence, name: str) -> tuple[bytes, str]:
+    """What was given by mistake, and what an error calls it."""
+    amd = evidence["snp"].collateral
+    return {
+        **ODDITIES,
+        "sgx quote": (evidence["sgx"].quote, "an SGX quote"),
+        "tdx quote in hex": (evidence["tdx"].quote.hex().encode(), "a TDX quote"),
+        "report in base64": (base64.encodebytes(evidence["snp"].quote), "an SEV-SNP report"),
+        "document": (evidence["nitro"].quote, "a Nitro document"),
+        "dcap": (files(evidence, "tdx")[0], "DCAP collateral (JSON)"),
+        "amd pem": (amd.certificates, "certificates (PEM)"),
+        "amd der": (read_pem(amd.certificates, most=3)[0], "a certificate (DER)"),
+        "amd crl": (amd.crl, "a revocation list (DER)"),
+        "amd json": (b'{"certificates": "", "crl": ""}', "AMD certificates and revocation list (JSON)"),
+    }[name]
+
+
+EVIDENCE = ("sgx quote", "tdx quote in hex", "report in base64", "document")
+OF_AMD = ("amd pem", "amd der", "amd crl", "amd json")
+
+
+@pytest.mark.parametrize("name", [*ODDITIES, *EVIDENCE, "dcap"])
+def test_an_error_says_what_was_given_for_amds_certificates(evidence, name):
+    content, kind = odd(evidence, name)
+    with pytest.raises(EvidenceError) as caught:
+        read_evidence(evidence["snp"].quote, [evidence["snp"].collateral.certificates, content])
+    error = caught.value
+    assert (error.code, error.claim) == ("collateral.kind", "collateral")
+    assert error.expected.startswith("certificates (PEM or DER)")
+    assert error.actual == f"file 2: {kind}"
+    hint = "--policy" if "TOML" in kind else "`cloister collateral fetch --into collateral --report FILE`"
+    assert hint in error.hint
+
+
+@pytest.mark.parametrize("name", [*ODDITIES, *EVIDENCE, *OF_AMD])
+def test_an_error_says_what_was_given_for_dcap_collateral(evidence, name):
+    content, kind = odd(evidence, name)
+    with pytest.raises(EvidenceError) as caught:
+        read_evidence(evidence["sgx"].quote, [content])
+    error = caught.value
+    assert (error.code, error.claim) == ("collateral.kind", "collateral")
+    assert (error.expected, error.actual) == ("one JSON file of DCAP collateral", f"file 1: {kind}")
+    hint = "--policy" if "TOML" in kind else "`cloister collateral fetch --into collateral --quote FILE`"
+    assert hint in error.hint
+
+
+@pytest.mark.parametrize("name", [*ODDITIES, *OF_AMD, "dcap"])
+def test_an_error_says_what_was_given_for_evidence(evidence, name):
+    content, kind = odd(evidence, name)
+    with pytest.raises(EvidenceError) as caught:
+        read_signed(content)
+    error = caught.value
+    assert (error.code, error.claim, error.actual) == ("evidence.format", "evidence", kind)
+    assert "SEV-SNP report" in error.expected
+    collateral = name in OF_AMD or name == "dcap"
+    assert ("--collateral" in error.hint, "--policy" in error.hint) == (collateral, "TOML" in kind)
+
+
+@pytest.mark.parametrize(
+    "secret", [b"hunter2-hunter2", b"TOKEN = 'hunter2'", b'{"hunter2": 1}', b"\0hunter2"]
+)
+def test_errors_do_not_quote_what_was_given_by_mistake(evidence, secret):
+    for read in (lambda: read_signed(secret), lambda: read_evidence(evidence["sgx"].quote, [secret])):
+        with pytest.raises(EvidenceError) as caught:
+            read()
+        assert "hunter2" not in str(caught.value)
+        assert b"hunter2".hex() not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dcap", *OF_AMD])
+def test_a_nitro_document_takes_no_collateral(evidence, name):
+    content, kind = odd(evidence, name)
+    with pytest.raises(EvidenceError) as caught:
+        read_evidence(evidence["nitro"].quote, [content])
+    error = caught.value
+    assert (error.code, error.claim, error.actual) == ("collateral.kind", "collateral", f"file 1: {kind}")
+    assert error.expected.startswith("none, since a Nitro document brings")
+
+
+@pytest.mark.parametrize(
+    ("tee", "option", "expected"),
+    [
+        ("sgx", "--quote", "one JSON file of DCAP collateral"),
+        ("tdx", "--quote", "one JSON file of DCAP collateral"),
+        ("snp", "--report", "the VCEK certificate of the report's signer"),
+    ],
+)
+def test_missing_collateral_comes_with_the_whole_command(evidence, tmp_path, tee, option, expected):
+    path = tmp_path / "a quote"
+    path.write_bytes(evidence[tee].quote)
+    with pytest.raises(UsageError) as caught:
+        open_evidence(path)
+    error = caught.value
+    assert (error.code, error.claim) == ("usage.collateral", "--collateral")
+    assert (error.expected, error.actual) == (expected, "none")
+    assert f"`cloister collateral fetch --into collateral {option} '{path}'`" in error.hint
+    assert error.hint.endswith("`--collateral collateral`")
+
+
+def test_two_files_of_dcap_collateral_are_too_many(evidence):
+    with pytest.raises(UsageError) as caught:
+        read_evidence(evidence["sgx"].quote, files(evidence, "sgx") * 2)
+    assert (caught.value.code, caught.value.claim) == ("usage.collateral", "--collateral")
+    assert caught.value.actual == "2 files"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"key_info": 1 << 2}, "VLEK"),
+        ({"chip_id": bytes(64)}, "masks its chip"),
+        (
+            {"version": 2, "cpuid_family": 0, "cpuid_model": 0, "cpuid_stepping": 0},
+            "--report FILE --product PRODUCT`",
+        ),
+    ],
+)
+def test_no_command_is_named_that_would_not_help(evidence, changes, said):
+    report = replace(read_signed(evidence["snp"].quote).parsed, **changes)
+    with pytest.raises(UsageError) as caught:
+        read_evidence(report.to_bytes(), [evidence["snp"].collateral.crl])
+    assert said in caught.value.hint
+    assert ("cloister" in caught.value.hint) == ("PRODUCT" in said)
+
+
+@pytest.mark.parametrize("name", ["pck_crl", "tcb_info", "qe_identity_signature"])
+@pytest.mark.parametrize("change", ["missing", "number"])
+def test_a_field_that_dcap_collateral_lacks_is_named(evidence, name, change):
+    fields = json.loads(files(evidence, "sgx")[0])
+    fields[name] = 7
+    if change == "missing":
+        del fields[name]
+    with pytest.raises(EvidenceError) as caught:
+        read_evidence(evidence["sgx"].quote, [json.dumps(fields).encode()])
+    assert (caught.value.code, caught.value.claim) == ("evidence.collateral", name)
+    assert caught.value.actual == ("no such field" if change == "missing" else "int")
+
+
+@pytest.mark.parametrize(
+    ("given", "claim", "actual"),
+    [
+        ({"crl": ""}, "certificates", "no such field"),
+        ({"certificates": ""}, "crl", "no such field"),
+        ({"certificates": 1, "crl": ""}, "certificates", "int"),
+        ({"certificates": "", "crl": None}, "crl", "NoneType"),
+    ],
+)
+def test_a_field_that_amds_json_lacks_is_named(evidence, given, claim, actual):
+    with pytest.raises(EvidenceError) as caught:
+        read_evidence(evidence["snp"].quote, [json.dumps(given).encode()])
+    error = caught.value
+    assert (error.code, error.claim, error.actual) == ("evidence.collateral", claim, actual)
+    assert error.expected == {"certificates": "PEM", "crl": "hex digits"}[claim]
+
+
+def test_a_list_that_is_not_hex_is_named(evidence):
+    pem = evidence["snp"].collateral.certificates.decode()
+    with pytest.raises(EvidenceError) as caught:
+        read_evidence(evidence["snp"].quote, [json.dumps({"certificates": pem, "crl": "zz"}).encode()])
+    assert (caught.value.code, caught.value.claim) == ("evidence.collateral", "crl")
+
+
+STARTS = (
+    b"",
+    b"{",
+    b'{"crl":"',
+    b"\x30\x82",
+    b"-----BEGIN CERTIFICATE-----\n",
+    b"\xa2",
+    b"\x02\0\0\0",
+    b"<",
+    b"[a]",
+)
+
+
+@hypothesis_given(start=st.sampled_from(STARTS), rest=st.binary(max_size=300), tee=st.sampled_from(tees.TEES))
+def test_any_bytes_give_evidence_or_our_error(evidence, start, rest, tee):
+    for read in (
+        lambda: read_signed(start + rest),
+        lambda: read_evidence(evidence[tee].quote, [start + rest]),
+        lambda: read_evidence(evidence[tee].quote, [start + rest, *files(evidence, tee)]),
+    ):
+        with contextlib.suppress(UsageError):
+            read()
+
+
+@hypothesis_given(
+    value=st.dictionaries(
+        st.sampled_from(("certificates", "crl", "tcb_info", "qe_identity", "other")),
+        st.none() | st.integers() | st.text() | st.lists(st.text()),
+    )
+)
+def test_any_json_gives_evidence_or_our_error(evidence, value):
+    for tee in ("sgx", "snp"):
+        with contextlib.suppress(UsageError):
+            read_evidence(evidence[tee].quote, [json.dumps(value).encode()])
+
+
+def test_a_table_with_pem_inside_is_a_table(evidence):
+    certificates, crl = parts(evidence)
+    named = zip(("VCEK", "ASK", "ARK"), (to_pem(each).encode() for each in certificates), strict=True)
+    table = CertificateTable.pack(dict(named)).to_bytes()
+    assert b"-----BEGIN" in table[:256]
+    assert read_evidence(evidence["snp"].quote, [table, crl]) == evidence["snp"]
+
+
+# -- folders -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def shelf(tmp_path, evidence) -> Path:
+    """A folder as `cloister collateral fetch` fills it, for every TEE."""
+    folder = CollateralFolder(tmp_path / "collateral")
+    for name, content in kept(evidence).items():
+        folder.write(name, content)
+    return folder.root
+
+
+def kept(evidence) -> dict[str, bytes]:
+    report, amd = read_signed(evidence["snp"].quote).parsed, evidence["snp"].collateral
+    return {
+        **{DcapKey.from_quote(evidence[tee].quote).file: files(evidence, tee)[0] for tee in ("sgx", "tdx")},
+        SnpKey(chip_id=report.chip_id, tcb=report.reported_tcb).file: amd.certificates,
+        crl_file(load_chain(amd.certificates, AMD)[-1].der): amd.crl,
+    }
+
+
+@pytest.fixture
+def binaries(tmp_path, evidence) -> dict[str, Path]:
+    for tee in tees.TEES:
+        (tmp_path / f"{tee}.bin").write_bytes(evidence[tee].quote)
+    return {tee: tmp_path / f"{tee}.bin" for tee in tees.TEES}
+
+
+@pytest.mark.parametrize("tee", tees.TEES)
+def test_a_folder_gives_what_the_evidence_needs(evidence, shelf, binaries, tee):
+    assert open_evidence(binaries[tee], [shelf]) == evidence[tee]
+
+
+def test_the_first_folder_that_has_a_file_gives_it(evidence, shelf, binaries, tmp_path):
+    (tmp_path / "none").mkdir()
+    assert open_evidence(binaries["snp"], [tmp_path / "none", shelf]) == evidence["snp"]
+
+
+def test_files_come_before_folders(evidence, shelf, binaries, tmp_path):
+    for name in kept(evidence):
+        (shelf / name).write_bytes(b"unused")
+    for tee in ("sgx", "snp"):
+        paths = [shelf]
+        for number, content in enumerate(files(evidence, tee)):
+            paths.append(tmp_path / f"{number}")
+            paths[-1].write_bytes(content)
+        assert open_evidence(binaries[tee], paths) == evidence[tee]
+
+
+def test_a_folder_gives_the_list_for_a_report_with_a_table(evidence, shelf, binaries, authority):
+    (pem,) = (shelf / "snp").glob("*.pem")
+    pem.unlink()
+    with binaries["snp"].open("ab") as file:
+        file.write(authority.amd.certificate_table())
+    assert open_evidence(binaries["snp"], [shelf]) == evidence["snp"]
+
+
+@pytest.mark.parametrize("name", ["sgx", "tdx", "pem", "crl"])
+def test_what_a_folder_lacks_is_named_with_the_command_for_it(evidence, shelf, binaries, name):
+    tee = name if name in binaries else "snp"
+    (file,) = [each for each in kept(evidence) if each.startswith(name) or each.endswith(name)]
+    (shelf / file).unlink()
+    with pytest.raises(UsageError) as caught:
+        open_evidence(binaries[tee], [shelf])
+    error = caught.value
+    assert (error.code, error.claim) == ("usage.collateral", file)
+    assert error.actual == f"no such file in {shelf}"
+    options = f"--product {read_signed(evidence['snp'].quote).parsed.product}"
+    if name != "crl":
+        options = f"--{'report' if tee == 'snp' else 'quote'} {binaries[tee]}"
+    assert error.hint == f"Fetch it with `cloister collateral fetch --into {shelf} {options}`"
+
+
+@pytest.mark.parametrize("content", [b"", PAGE, b'{"tcbInfo": 1}'])
+@pytest.mark.parametrize("name", ["sgx", "pem", "crl"])
+def test_a_folder_that_holds_something_else(evidence, shelf, binaries, name, content):
+    tee = name if name in binaries else "snp"
+    (file,) = [each for each in kept(evidence) if each.startswith(name) or each.endswith(name)]
+    (shelf / file).write_bytes(content)
+    with pytest.raises(EvidenceError) as caught:
+        open_evidence(binaries[tee], [shelf])
+    assert (caught.value.code, caught.value.claim) == ("collateral.kind", "collateral")
+    assert caught.value.actual.startswith(f"{shelf / file}: ")
+
+
+def test_certificates_of_cas_alone_are_not_enough(evidence, shelf, binaries):
+    (pem,) = (shelf / "snp").glob("*.pem")
+    pem.write_text("".join(map(to_pem, parts(evidence)[0][1:])))
+    with pytest.raises(UsageError) as caught:
+        open_evidence(binaries["snp"], [shelf])
+    assert (caught.value.code, caught.value.claim) == ("usage.collateral", f"snp/{pem.name}")
+    assert caught.value.actual == "certificates of other keys"
+
+
+def test_what_is_in_the_way_is_said(shelf, binaries):
+    (file,) = (shelf / "sgx").iterdir()
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UsageError) as caught:
+        open_evidence(binaries["sgx"], [shelf])
+    assert (caught.value.code, caught.value.claim) == ("file.read", "collateral")
+    assert str(file) in caught.value.actual
+
+
+@pytest.mark.parametrize(("at", "claim"), [(0, "evidence"), (1, "collateral")])
+def test_files_that_are_not_there(binaries, tmp_path, at, claim):
+    paths = [binaries["sgx"], tmp_path / "none"]
+    with pytest.raises(UsageError) as caught:
+        open_evidence(*([paths[1], []] if at == 0 else [paths[0], [paths[1]]]))
+    assert (caught.value.code, caught.value.claim) == ("file.read", claim)
+    assert str(tmp_path / "none") in caught.value.actual
+    assert ("collateral fetch --into collateral --quote" in caught.value.hint) == (at == 1)
 
 
 def test_amds_own_intermediates_are_at_hand():

@@ -15,6 +15,7 @@ from cloister.core.verifier.chain import AMD, load_chain, to_pem
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.snp import SimulatedAmd
 
+NOW = int(time.time())  # commands have no other clock
 Answer = tuple[int, dict[str, str], bytes]
 
 

@@ -16,9 +16,10 @@ from cloister.core.verifier.result import (
     DcapPlatform,
     NitroPlatform,
     SnpPlatform,
+    Step,
     VerifiedEvidence,
 )
-from cloister.errors import AppraisalRefused, UsageError
+from cloister.errors import AppraisalRefused, BindingRefused, UsageError
 
 NOW = 1_800_000_000
 A, B, C = b"a" * 48, b"b" * 48, b"c" * 48
@@ -468,7 +469,9 @@ def test_any_of_accepts_what_one_accepts():
     either = AnyOf(policy("tdx"), policy("snp"))
     for number, tee in enumerate(("tdx", "snp"), start=1):
         result = appraise(evidence(tee), either, now=NOW)
-        assert f"policy {number} of 2" in {step.detail for step in result.steps}
+        outcomes = {step.name: step.outcome for step in result.steps if step.name.startswith("any_of")}
+        assert outcomes.pop(f"any_of[{number}]") == "ok"
+        assert set(outcomes.values()) <= {"note"}
         assert result.policy_digest == either.digest
     assert refused(evidence("nitro"), either).claim == "tee"
 
@@ -476,6 +479,66 @@ def test_any_of_accepts_what_one_accepts():
 def test_any_of_names_the_claim_of_the_policy_that_comes_closest():
     either = AnyOf(policy("tdx"), policy("snp"))
     assert refused(evidence("snp", {"measurement": B}), either).claim == "measurement"
+
+
+def test_any_of_names_each_of_its_policies_and_the_claim_that_refused():
+    steps: list[Step] = []
+    either = AnyOf(policy("tdx"), AllOf(policy("snp"), policy("snp", host_data=frozenset({A[:32]}))))
+    with pytest.raises(AppraisalRefused) as caught:
+        appraise(evidence("snp"), either, now=NOW, steps=steps)
+    assert "any_of[1] by tee, any_of[2] by host_data" in caught.value.message
+    assert "in any_of[2], host_data" in caught.value.message
+    assert (caught.value.code, caught.value.claim) == ("appraisal.host_data", "host_data")
+    assert [(step.name, step.outcome) for step in steps[-2:]] == [
+        ("any_of[1]", "note"),
+        ("any_of[2]", "note"),
+    ]
+    assert steps[-2].detail == "refused by tee: expected tdx, found snp"
+
+
+def test_a_refusal_shows_the_comparisons_that_were_passed():
+    steps: list[Step] = []
+    with pytest.raises(AppraisalRefused):
+        appraise(evidence("tdx", {"rtmr1": C}), policy("tdx"), now=NOW, steps=steps)
+    assert [step.name for step in steps] == [
+        "simulated",
+        "trust anchors",
+        "tee",
+        "debug",
+        "sept_ve_disable",
+        "mr_td",
+        "rtmr0",
+    ]
+
+
+def test_the_comparisons_follow_what_the_caller_has_already():
+    steps = [Step(name="before", outcome="ok", detail="")]
+    result = appraise(evidence("tdx"), policy("tdx"), now=NOW, steps=steps)
+    assert (steps[0].name, tuple(steps[1:])) == ("before", result.steps)
+    assert result.steps == appraise(evidence("tdx"), policy("tdx"), now=NOW).steps
+
+
+@pytest.mark.parametrize(
+    ("applying", "detail"),
+    [((), "none applies"), (("X-1", "X-2"), "none that is denied; what applies: X-1, X-2")],
+)
+def test_advisories_that_apply_are_shown_though_none_is_denied(applying, detail):
+    result = appraise(
+        replace(evidence("tdx"), advisories=applying),
+        policy("tdx", denied_advisories=frozenset({"X-3"})),
+        now=NOW,
+    )
+    assert [step.detail for step in result.steps if step.name == "advisories"] == [detail]
+
+
+def test_report_data_of_another():
+    found = evidence("nitro")
+    found.require_report_data(found.report_data)
+    for tee, claim in (("nitro", "user_data"), ("snp", "REPORTDATA")):
+        with pytest.raises(BindingRefused) as caught:
+            evidence(tee).require_report_data(b"another")
+        assert (caught.value.code, caught.value.claim) == ("binding.report-data", claim)
+        assert caught.value.expected == b"another".hex()
 
 
 def test_all_of_accepts_what_all_accept():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cloister.core import encoding
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.core.verifier.roots import intel
+from cloister.core.verifier.subset import compare_claims
 from cloister.errors import AppraisalRefused, CloisterError, UsageError
 
 VALID = """
@@ -282,6 +283,28 @@ def test_policy_does_not_admit_a_broader_one(claim, broader, narrower, policy):
     with pytest.raises(AppraisalRefused) as caught:
         replace(policy, **broader).admits(replace(policy, **narrower))
     assert (caught.value.code, caught.value.claim) == ("appraisal.not-subset", claim)
+
+
+def test_every_claim_that_admits_more_is_listed(policy, other_authority):
+    def claims(narrower: AppraisalPolicy) -> list[str]:
+        return [refusal.claim for refusal in compare_claims(policy, narrower)]
+
+    assert claims(policy) == claims(replace(policy, max_age=60)) == []
+    wide = {"mr_signer": frozenset(), "allowed_tcb": frozenset({"OutOfDate"}), "max_age": 366 * 86400}
+    assert claims(replace(policy, **wide)) == ["mr_signer", "allowed_tcb", "max_age"]
+    vendors = replace(policy, **wide, dangerous_simulated_roots=None)
+    assert claims(vendors) == ["simulated", "trust anchors", "mr_signer", "allowed_tcb", "max_age"]
+    others = replace(policy, dangerous_simulated_roots=other_authority.roots_der)
+    assert claims(others) == ["trust anchors"]
+    with pytest.raises(AppraisalRefused) as caught:
+        policy.admits(replace(policy, **wide))
+    assert caught.value.claim == "mr_signer"
+
+
+def test_policies_of_two_tees_have_no_claims_to_compare(policy):
+    pcrs = {f"pcr{index}": frozenset({bytes(48)}) for index in range(3)}
+    (refusal,) = compare_claims(policy, AppraisalPolicy(tee="nitro", **pcrs))
+    assert (refusal.code, refusal.claim) == ("appraisal.not-subset", "tee")
 
 
 def test_policies_with_different_simulated_roots(policy, other_authority):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -13,6 +14,8 @@ import typer
 from cloister.cli.output import console, print_json, table
 from cloister.core.verifier.collateral_key import CHIP_ID_SIZE, DcapKey, SnpKey, crl_file
 from cloister.errors import NotFound, Refused, Unavailable, UsageError
+from cloister.party.evidence import TEE_NAMES, Signed, read_signed
+from cloister.party.file_kinds import read_file
 
 if TYPE_CHECKING:
     from cloister.host.collateral import CollateralFolder, Entry, Service
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="The vendors' collateral, which a host fetches for its enclaves.", no_args_is_help=True
 )
-MAX_EVIDENCE_FILE: Final = 16 << 10  # bytes
+_OPTIONS: Final = MappingProxyType({"sgx": "--quote", "tdx": "--quote", "snp": "--report"})
 
 Into = Annotated[
     Path, typer.Option("--into", help="Folder that the enclaves' CLOISTER_COLLATERAL names.", dir_okay=True)
@@ -31,8 +34,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 @app.command("fetch")
 def fetch(
     into: Into = Path("collateral"),
-    quote: Annotated[Path | None, typer.Option(help="An SGX or TDX quote to fetch for.")] = None,
-    report: Annotated[Path | None, typer.Option(help="An SEV-SNP report to fetch for.")] = None,
+    quote: Annotated[
+        Path | None, typer.Option(help="An SGX or TDX quote to fetch for; binary, hex or base64.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="An SEV-SNP report to fetch for; likewise.")] = None,
     tee: Annotated[str, typer.Option(help="sgx or tdx, with --fmspc and --ca.")] = "sgx",
     fmspc: Annotated[str | None, typer.Option(help="Platform family, 12 hex digits.")] = None,
     ca: Annotated[str, typer.Option(help="CA of the PCK certificate: processor or platform.")] = "platform",
@@ -105,9 +110,9 @@ def _wanted(
             actual=", ".join(given) or "none",
         )
     if quote is not None:
-        return DcapKey.from_quote(_read(quote, "quote"))
+        return DcapKey.from_quote(_signed(quote, "--quote").raw)
     if report is not None:
-        return _from_report(_read(report, "report"), product)
+        return _from_report(_signed(report, "--report").raw, product)
     if fmspc is not None:
         return DcapKey(tee=tee, fmspc=_unhex("--fmspc", fmspc), ca=ca)
     if (chip_id is None) != (tcb is None):
@@ -120,6 +125,22 @@ def _wanted(
             chip_id=_unhex("--chip-id", chip_id).ljust(CHIP_ID_SIZE, b"\0"), tcb=_unhex("--tcb", tcb)
         )
     return key, product or ""
+
+
+def _signed(path: Path, option: str) -> Signed:
+    """The evidence in a file, in any form, as long as its option is the right one."""
+    found = read_signed(read_file(path, option.removeprefix("--")))
+    right = _OPTIONS.get(found.tee, "")
+    if right != option:
+        raise UsageError(
+            "the file holds another kind of evidence",
+            code="collateral.what",
+            claim=option,
+            expected=" or ".join(TEE_NAMES[tee] for tee, each in _OPTIONS.items() if each == option),
+            actual=f"{path}: {TEE_NAMES[found.tee]}",
+            hint=f"Give it with {right}" if right else "It brings its certificates: nothing is to be fetched",
+        )
+    return found
 
 
 def _from_report(raw: bytes, product: str | None) -> tuple[SnpKey, str]:
@@ -217,25 +238,3 @@ def _unhex(claim: str, text: str) -> bytes:
         raise UsageError(
             "not hex digits", code="collateral.what", claim=claim, expected="hex digits", actual=text[:40]
         ) from error
-
-
-def _read(path: Path, what: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_EVIDENCE_FILE + 1)
-    except OSError as error:
-        raise UsageError(
-            f"the {what} can't be read",
-            code="file.read",
-            claim=what,
-            expected="a readable file",
-            actual=f"{path}: {error.strerror}",
-        ) from error
-    if len(raw) > MAX_EVIDENCE_FILE:
-        raise UsageError(
-            f"the {what} is too long",
-            code="collateral.what",
-            claim=what,
-            expected=f"at most {MAX_EVIDENCE_FILE} B",
-        )
-    return raw

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import platform
-import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
 from cloister.cli.output import console, print_json, read_text, table
+from cloister.cli.policies import read_policy
 from cloister.cli.pool import Tee
-from cloister.core.protocol.trust import hex_digest, load_table, subtable
+from cloister.core.protocol.trust import UserPolicy, hex_digest
 from cloister.core.verifier.appraisal import AppraisalPolicy
+from cloister.core.verifier.subset import compare_claims
 from cloister.errors import AppraisalRefused, UsageError
+from cloister.owner.policy import ModelPolicy
 
 if TYPE_CHECKING:
     from cloister.sim.measurement import Measurement
@@ -23,6 +26,10 @@ _ROLES: Final = {"key_service": "key-service", "worker": "worker", "release": "w
 _DIFFER: Final = (
     "Values differ between Python versions, and between the builds of different Linux distributions: "
     "compare them with the same."
+)
+_HARDWARE: Final = (
+    "For hardware, take the measurements from the build (deploy/README.md) and write the policy after the "
+    "examples in docs/policies.md"
 )
 
 
@@ -36,11 +43,14 @@ def measure(
     ] = False,
     compare: Annotated[
         Path | None,
-        typer.Option(help="A user policy or model policy (TOML): does it name these values and no others?"),
+        typer.Option(
+            help="A user policy or model policy (TOML): does it name these values and no others, "
+            "and admit no more than what --policy prints?"
+        ),
     ] = None,
     root: Annotated[
         Path | None,
-        typer.Option(help="For --policy: roots of a simulated platform (PEM); by default the vendors'."),
+        typer.Option(help="For --policy, which needs it: roots of the simulated platform (PEM)."),
     ] = None,
     service: Annotated[
         str | None, typer.Option(help="For --policy: the service id (64 hex digits) that the user trusts.")
@@ -95,11 +105,9 @@ def _python() -> str:
 
 
 def _print_policies(
-    measured: dict[str, Measurement], roots: bytes | None, service: str | None, tee: str, *, as_json: bool
+    measured: dict[str, Measurement], roots: bytes, service: str | None, tee: str, *, as_json: bool
 ) -> None:
     from cloister.cli.site import reference_policy
-    from cloister.core.protocol.trust import UserPolicy
-    from cloister.owner.policy import ModelPolicy
 
     key_service = reference_policy(measured["key-service"], roots)
     worker = reference_policy(measured["worker"], roots, tee)
@@ -115,56 +123,168 @@ def _print_policies(
     print(f"# ---- model-policy.toml; measured with {_python()} ----\n\n{model}", end="")
 
 
-def _roots(path: Path | None) -> bytes | None:
+def _roots(path: Path | None) -> bytes:
     from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS
     from cloister.core.verifier.chain import read_pem
 
     if path is None:
-        return None
+        raise UsageError(
+            "these measurements are the simulated platform's: a policy with them and the vendors' roots "
+            "could be met by nothing",
+            code="measure.roots",
+            claim="--root",
+            expected="the simulated service's roots (PEM), which its operator has in var/roots.pem",
+            actual="none",
+            hint=_HARDWARE,
+        )
     return b"".join(read_pem(read_text(path, "root").encode(), most=MAX_SIMULATED_ROOTS))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """An appraisal policy of one TEE in a policy file, and what it should be about.
+
+    Attributes:
+        place: Where it stands: ``[worker]``, or ``[worker].any_of[2]``.
+        policy: As it stands there.
+        measured: The enclave of that section.
+    """
+
+    place: str
+    policy: AppraisalPolicy
+    measured: Measurement
+
+
 def _compare(path: Path, measured: dict[str, Measurement], *, as_json: bool) -> None:
-    """Say that a policy names exactly what was measured; raises AppraisalRefused where it doesn't."""
-    compared = 0
-    for section, policy in _sections(path):
-        for name, expected, actual in _differences(policy, measured[_ROLES[section]]):
-            compared += 1
-            if expected != actual:
-                raise AppraisalRefused(
-                    f"{path} differs from this source, measured with {_python()}",
-                    code="measure.difference",
-                    claim=f"[{section}].{name}",
-                    expected=expected,
-                    actual=actual,
-                    hint="Is it the same source, Python and distributions? See: cloister measure --manifest",
-                )
+    """Say that a policy names exactly what was measured, and admits no more than the reference policy.
+
+    Raises:
+        AppraisalRefused: code ``measure.difference``, naming the first difference, or ``measure.weaker``,
+            naming every key by which it admits more.
+    """
+    policy = read_policy(path)
+    sections = _sections(policy)
+    parts = [
+        part
+        for name, each in sections.items()
+        for part in _members(f"[{name}]", each, measured[_ROLES[name]])
+    ]
+    compared = _require_same(path, parts)
+    roots = {name: _roots_of(each) for name, each in sections.items()}
+    if weaker := [*_weaker_claims(parts), *_weaker_consent(policy)]:
+        _refuse(path, weaker, roots, as_json=as_json)
     if as_json:
-        print_json({"match": True, "compared": compared, "python": _python()})
-    else:
-        console.print(f"match: {path} names this source's enclaves and no others", markup=False)
+        print_json({"match": True, "compared": compared, "roots": roots, "python": _python()})
+        return
+    console.print(
+        f"match: {path} names this source's enclaves and no others, and admits no more than the policies of "
+        "`cloister measure --policy`",
+        markup=False,
+    )
+    if isinstance(policy, UserPolicy):
+        console.print(
+            f"not judged: whether {policy.service.hex()} is the service that you mean", markup=False
+        )
+    under: dict[str, list[str]] = {}
+    for name, each in roots.items():
+        under.setdefault(_under(each), []).append(f"[{name}]")
+    for line, names in under.items():
+        console.print(f"{' and '.join(names)} stand under {line}", style="bold red", markup=False)
 
 
-def _sections(path: Path) -> Iterator[tuple[str, AppraisalPolicy]]:
-    text = read_text(path, "policy")
-    try:
-        is_user = "worker" in tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not TOML: {error}"[:300], code="policy.format") from error
-    names = ("key_service", "worker") if is_user else ("key_service", "release")
-    found = load_table(text, required=names, optional=("service", "consent") if is_user else ("options",))
-    for name in names:
-        yield name, AppraisalPolicy.from_table(subtable(found, name))
+def _require_same(path: Path, parts: list[_Part]) -> int:
+    """Refuse another measurement than this source's; gives how many values were compared."""
+    found = [(part, *difference) for part in parts for difference in _differences(part.policy, part.measured)]
+    for part, name, expected, actual in found:
+        if expected != actual:
+            same = "Is it the same source, Python and distributions? See: cloister measure --manifest"
+            hardware = f"It demands hardware, and what is measured here is simulated. {_HARDWARE}"
+            raise AppraisalRefused(
+                f"{path} differs from this source, measured with {_python()}, by {part.place}.{name}",
+                code="measure.difference",
+                claim=f"{part.place}.{name}",
+                expected=expected,
+                actual=actual,
+                hint=same if part.policy.anchors.is_simulated else hardware,
+            )
+    return len(found)
+
+
+def _refuse(
+    path: Path, weaker: list[tuple[str, str, str, str]], roots: dict[str, list[str]], *, as_json: bool
+) -> NoReturn:
+    keys = ", ".join(f"{place}.{key}" for place, key, _, _ in weaker)
+    error = AppraisalRefused(
+        f"{path} names this source's enclaves, but admits more than the reference policy by {keys}",
+        code="measure.weaker",
+        claim=keys,
+        hint="The reference policy is what `cloister measure --policy` prints",
+    )
+    columns = ("section", "key", "reference", "found")
+    if as_json:
+        rows = [dict(zip(columns, row, strict=True)) for row in weaker]
+        print_json({**error.to_dict(), "weaker": rows, "roots": roots, "python": _python()})
+        raise typer.Exit(1) from error
+    table("Weaker than the reference policy", columns, weaker)
+    raise error
+
+
+def _sections(policy: UserPolicy | ModelPolicy) -> dict[str, AppraisalPolicy]:
+    if isinstance(policy, UserPolicy):
+        return {"key_service": policy.key_service, "worker": policy.worker}
+    return {"key_service": policy.key_service, "release": policy.release}
+
+
+def _members(place: str, policy: AppraisalPolicy, measured: Measurement) -> Iterator[_Part]:
+    """The policy itself, or those that it joins, until each is about one TEE."""
+    join = "any_of" if policy.any_of else "all_of"
+    for number, member in enumerate(policy.members, start=1):
+        yield from _members(f"{place}.{join}[{number}]", member, measured)
+    if not policy.members:
+        yield _Part(place=place, policy=policy, measured=measured)
+
+
+def _weaker_claims(parts: list[_Part]) -> Iterator[tuple[str, str, str, str]]:
+    """Section, key, reference and found, of each claim by which a policy admits more than the reference."""
+    from cloister.cli.site import reference_policy
+
+    for part in parts:
+        policy = part.policy
+        reference = reference_policy(part.measured, policy.dangerous_simulated_roots, policy.tee)
+        for refusal in compare_claims(reference, policy):
+            yield part.place, refusal.claim, refusal.expected, refusal.actual
+
+
+def _weaker_consent(policy: UserPolicy | ModelPolicy) -> Iterator[tuple[str, str, str, str]]:
+    if isinstance(policy, UserPolicy):
+        for field in fields(policy.consent):
+            if getattr(policy.consent, field.name):
+                yield "[consent]", field.name, "false", "true"
+
+
+def _roots_of(policy: AppraisalPolicy) -> list[str]:
+    """SHA-256 of each simulated root's certificate; none where the vendors' roots are meant."""
+    anchors = policy.anchors
+    found = [root.fingerprint.hex() for roots in anchors.roots.values() for root in roots]
+    return found if anchors.is_simulated else []
+
+
+def _under(roots: list[str]) -> str:
+    if roots:
+        return (
+            f"SIMULATED ROOTS, sha256 {', '.join(roots)}: "
+            "whoever has their keys can forge everything that this policy asks for"
+        )
+    return (
+        "the vendors' roots: what is measured here is the simulated platform's, so no hardware meets this "
+        f"policy. {_HARDWARE}"
+    )
 
 
 def _differences(policy: AppraisalPolicy, measured: Measurement) -> Iterator[tuple[str, Any, Any]]:
-    """What a policy names, field by field: name, what was measured, what stands there."""
+    """What a policy of one TEE names, field by field: name, what was measured, what stands there."""
     from cloister.sim.tees import registers
 
-    for member in policy.members:
-        yield from _differences(member, measured)
-    if policy.members:
-        return
     if policy.tee == "sgx":
         yield "mr_enclave", measured.mr_enclave.hex(), _hex(policy.mr_enclave)
         yield "isv_prod_id", measured.isv_prod_id, policy.isv_prod_id

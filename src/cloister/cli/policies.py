@@ -1,26 +1,22 @@
-"""Reading policy files for commands: an error names the file and the section, and what was meant."""
+"""Reading policy files for commands: an error names the file and the place in it, and what was meant."""
 
 from __future__ import annotations
 
 import difflib
-import re
-import tomllib
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from cloister.cli.output import read_text
-from cloister.core.protocol.trust import Consent, UserPolicy
+from cloister.core.protocol.trust import UserPolicy
 from cloister.core.verifier.appraisal import AppraisalPolicy
-from cloister.errors import CloisterError, UsageError
-from cloister.owner.policy import OPTIONS, ModelPolicy
+from cloister.core.verifier.policy import load_toml
+from cloister.errors import UsageError
+from cloister.owner.policy import ModelPolicy
 
-Policy = TypeVar("Policy", UserPolicy, ModelPolicy)
-_APPRAISALS: Final = ("key_service", "worker", "release")
-_TOP: Final = ("service", *_APPRAISALS, "consent", "options")
-_HEX_DIGITS: Final = re.compile(r"(\d+) hex digits")
-_OTHERS: Final = {"consent": tuple(field.name for field in fields(Consent)), "options": tuple(OPTIONS)}
+Policy = TypeVar("Policy")
+_TOP: Final = ("service", "key_service", "worker", "release", "consent", "options")
+_NAMES: Final = ("policy.unknown-key", "policy.consent", "policy.options")  # whose claim may be no key
 
 
 def read_user_policy(path: Path, what: str = "user policy") -> UserPolicy:
@@ -33,70 +29,42 @@ def read_model_policy(path: Path) -> ModelPolicy:
     return _read(path, "model policy", ModelPolicy.from_toml)
 
 
+def read_appraisal_policy(path: Path, what: str = "policy") -> AppraisalPolicy:
+    """One appraisal policy, which is the whole file; raises UsageError, which names the file."""
+    return _read(path, what, AppraisalPolicy.from_toml)
+
+
+def read_policy(path: Path) -> UserPolicy | ModelPolicy:
+    """A user policy or a model policy, whichever the file is; raises UsageError."""
+    return _read(path, "policy", _either)
+
+
+def _either(text: str) -> UserPolicy | ModelPolicy:
+    is_user = "worker" in load_toml(text, "policy")
+    return UserPolicy.from_toml(text) if is_user else ModelPolicy.from_toml(text)
+
+
 def _read(path: Path, what: str, parse: Callable[[str], Policy]) -> Policy:
     text = read_text(path, what)
     try:
         return parse(text)
     except UsageError as error:
-        _explain(error, text)
-        named = error.claim if error.claim.startswith("[") else ""
-        error.message = ": ".join(part for part in (str(path), named, error.message) if part)
+        if error.code != "policy.format":
+            _explain(error, load_toml(text, what))
+        place = error.claim if "[" in error.claim else ""
+        error.message = ": ".join(part for part in (str(path), place, error.message) if part)
         raise
 
 
-def _explain(error: UsageError, text: str) -> None:
-    """Add to an error of a policy file in which section it is, and which name may be meant."""
-    try:
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError):
-        return
+def _explain(error: UsageError, table: dict[str, Any]) -> None:
+    """Add to an error of a policy file which name may be meant, and how long a value is in the file."""
     if error.code == "policy.keys":
         _suggest(error, table, _TOP)
-        return
-    for name in _APPRAISALS:
-        if isinstance(table.get(name), dict) and _same(error, name, table[name]):
-            if error.code == "policy.unknown-key":
-                known = _known(table[name])
-                error.expected = ", ".join(known)
-                _suggest(error, {error.claim: None}, known)
-            _speak_hex(error, table[name])
-            error.claim = f"[{name}].{error.claim}" if error.claim else f"[{name}]"
-            return
-    for name, known in _OTHERS.items():
-        if error.code == f"policy.{name}" and isinstance(table.get(name), dict):
-            _suggest(error, table[name], known)
+    elif error.code in _NAMES:
+        _suggest(error, [error.claim.rpartition(".")[2]], error.expected.split(", "))
 
 
-def _speak_hex(error: UsageError, table: dict[str, Any]) -> None:
-    """A value of another length: show the digits of the file, where the error has the bytes."""
-    digits = _HEX_DIGITS.search(error.expected)
-    values = table.get(error.claim)
-    for value in values if isinstance(values, list) else [values]:
-        if digits and isinstance(value, str) and len(value) != int(digits[1]):
-            error.expected = f"{digits[1]} hex digits"
-            error.actual = f"{len(value)} characters: {value[:80]}"
-            return
-
-
-def _same(error: CloisterError, section: str, table: dict[str, Any]) -> bool:
-    """Whether this section is the one that the error is about: it alone gives the same error."""
-    try:
-        AppraisalPolicy.from_table(table)
-    except CloisterError as found:
-        return (found.code, found.claim, found.actual) == (error.code, error.claim, error.actual)
-    return False
-
-
-def _known(table: dict[str, Any]) -> tuple[str, ...]:
-    """Keys that an appraisal policy for this TEE may have."""
-    from cloister.core.verifier.claims import CLAIMS
-
-    of = CLAIMS.get(tee, ()) if type(tee := table.get("tee")) is str else ()
-    claimed = {name for claim in of or CLAIMS["sgx"] for name in claim.fields}
-    return (*sorted(claimed), "max_age", "dangerous_simulated_roots", "tee", "any_of", "all_of")
-
-
-def _suggest(error: CloisterError, given: dict[str, Any], known: tuple[str, ...]) -> None:
+def _suggest(error: UsageError, given: Iterable[str], known: Collection[str]) -> None:
     for name in given:
         close = difflib.get_close_matches(name, known, n=1) if name not in known else []
         if close and not error.hint:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cloister.cli.output import console, print_json, read_text, table, write_text
+from cloister.cli.output import console, print_json, table, write_text
+from cloister.cli.policies import read_appraisal_policy
 from cloister.cli.site import Site, reference_policy
 from cloister.core.protocol.conversation import Conversation, Trust, ask_key_service
 from cloister.core.protocol.exchange import PoolCreation, Receipt
@@ -53,7 +54,7 @@ def create(
         name=name,
         policy=reference_policy(measure("worker"), site.roots(), tee)
         if policy is None
-        else AppraisalPolicy.from_toml(read_text(policy, "pool policy")),
+        else read_appraisal_policy(policy, "pool policy"),
     )
     carrier = Carrier(url)
     try:

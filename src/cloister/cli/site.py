@@ -40,6 +40,7 @@ _REFERENCE: Final[dict[str, dict[str, Any]]] = {
         "guest_policy_mask": (1 << 64) - 1,
         "any_tcb": True,
         "any_platform": True,
+        "max_age": 366 * 86400,  # AMD dates its revocation lists for about a year
     },
     "nitro": {},
 }
@@ -195,7 +196,7 @@ class Site:
         return Pool(
             name=str(table["name"]),
             shared=table["shared"],
-            policy=AppraisalPolicy.from_table(subtable(table, "policy")),
+            policy=AppraisalPolicy.from_table(subtable(table, "policy"), "policy"),
         )
 
 

@@ -40,12 +40,12 @@ class ModelPolicy:
 
     @classmethod
     def from_toml(cls, text: str) -> ModelPolicy:
-        """Read a policy file; raises UsageError."""
+        """Read a policy file; raises UsageError, whose claim says where: ``[release].max_age``."""
         table = load_table(text, required=("release", "key_service"), optional=("options",))
         serving = _options(subtable(table, "options") if "options" in table else {})
         return cls(
-            release=AppraisalPolicy.from_table(subtable(table, "release")),
-            key_service=AppraisalPolicy.from_table(subtable(table, "key_service")),
+            release=AppraisalPolicy.from_table(subtable(table, "release"), "release"),
+            key_service=AppraisalPolicy.from_table(subtable(table, "key_service"), "key_service"),
             options=serving,
         )
 

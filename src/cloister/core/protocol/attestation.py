@@ -192,15 +192,7 @@ def verify_attestation(
     require_anchor(configuration, policy)
     verified = verify(attestation.evidence, anchors=policy.anchors, now=now)  # step 3
     appraised = appraise(verified, policy, now=now)  # step 4
-    expected = binding.report_data  # step 5
-    if verified.report_data != expected:
-        raise BindingRefused(
-            "the evidence was made for another message, key or configuration",
-            code="binding.report-data",
-            claim="REPORTDATA",
-            expected=expected.hex(),
-            actual=verified.report_data.hex(),
-        )
+    verified.require_report_data(binding.report_data)  # step 5
     if seen is not None:  # step 6
         seen.admit(verified.collateral)
     return Attested(

@@ -79,12 +79,12 @@ class UserPolicy:
 
     @classmethod
     def from_toml(cls, text: str) -> UserPolicy:
-        """Read a policy file; raises UsageError."""
+        """Read a policy file; raises UsageError, whose claim says where: ``[worker].max_age``."""
         table = load_table(text, required=("service", "key_service", "worker"), optional=("consent",))
         return cls(
             service=hex_digest(table["service"], "service"),
-            key_service=AppraisalPolicy.from_table(subtable(table, "key_service")),
-            worker=AppraisalPolicy.from_table(subtable(table, "worker")),
+            key_service=AppraisalPolicy.from_table(subtable(table, "key_service"), "key_service"),
+            worker=AppraisalPolicy.from_table(subtable(table, "worker"), "worker"),
             consent=_consent(subtable(table, "consent") if "consent" in table else {}),
         )
 
@@ -118,7 +118,9 @@ def subtable(table: dict[str, Any], name: str) -> dict[str, Any]:
     """A table inside a table; raises UsageError."""
     value = table[name]
     if not isinstance(value, dict):
-        raise UsageError(code="policy.format", claim=name, expected="a table", actual=type(value).__name__)
+        raise UsageError(
+            code="policy.format", claim=f"[{name}]", expected="a table", actual=type(value).__name__
+        )
     return value
 
 
@@ -138,9 +140,10 @@ def _consent(table: dict[str, Any]) -> Consent:
     for name, value in table.items():
         if name not in known or type(value) is not bool:
             raise UsageError(
+                "the consent of the user policy is invalid",
                 code="policy.consent",
-                claim=f"consent {name}"[:80],
-                expected=f"true or false, of {sorted(known)}",
-                actual=value,
+                claim=f"[consent].{name[:64]}",
+                expected="true or false" if name in known else ", ".join(sorted(known)),
+                actual=repr(value if name in known else name)[:80],
             )
     return Consent(**table)

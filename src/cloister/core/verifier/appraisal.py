@@ -48,13 +48,16 @@ class AppraisalResult:
         return [*self.evidence.lines(), head, *(f"  {step.line()}" for step in self.steps)]
 
 
-def appraise(verified: VerifiedEvidence, policy: AppraisalPolicy, *, now: int) -> AppraisalResult:
+def appraise(
+    verified: VerifiedEvidence, policy: AppraisalPolicy, *, now: int, steps: list[Step] | None = None
+) -> AppraisalResult:
     """Accept verified evidence under ``policy``, or say which claim forbids it.
 
     Args:
         verified: From `cloister.core.verifier.verify`, under ``policy.anchors``.
         policy: Reference values and limits; an empty one refuses everything.
         now: Unix seconds.
+        steps: Gets every comparison as it is passed, so that a refusal shows how far it came.
 
     Raises:
         AppraisalRefused: code ``appraisal.<claim>``; simulation is looked at before anything else.
@@ -67,50 +70,67 @@ def appraise(verified: VerifiedEvidence, policy: AppraisalPolicy, *, now: int) -
             expected="reference values",
             actual="none",
         )
-    checks = Checks()
+    steps = [] if steps is None else steps
+    before = len(steps)
+    checks = Checks(steps)
     checks.equal("simulated", policy.anchors.is_simulated, verified.simulated)
     checks.equal("trust anchors", policy.anchors.digest.hex(), verified.anchors_digest.hex())
-    steps, not_after = _appraise(verified, policy, now)
+    not_after = _appraise(verified, policy, now, steps)
     return AppraisalResult(
         evidence=verified,
         policy_digest=policy.digest,
         not_after=not_after,
-        steps=(*checks.steps, *steps),
+        steps=tuple(steps[before:]),
     )
 
 
-def _appraise(verified: VerifiedEvidence, policy: AppraisalPolicy, now: int) -> tuple[list[Step], int]:
-    """The steps that were taken, and when the evidence has to be appraised anew."""
+def _appraise(verified: VerifiedEvidence, policy: AppraisalPolicy, now: int, steps: list[Step]) -> int:
+    """Take the steps of one policy; gives when the evidence has to be appraised anew."""
     if policy.all_of:
-        parts = [_appraise(verified, member, now) for member in policy.all_of]
-        return [step for steps, _ in parts for step in steps], min(until for _, until in parts)
+        return min([_appraise(verified, member, now, steps) for member in policy.all_of])
     if policy.any_of:
-        return _appraise_any(verified, policy.any_of, now)
-    checks = Checks()
+        return _appraise_any(verified, policy.any_of, now, steps)
+    checks = Checks(steps)
     checks.equal("tee", policy.tee, verified.tee)
     for claim in CLAIMS[policy.tee]:
         claim.appraise(checks, policy, verified)
     until = time_text(verified.not_after)
     checks.require("expired", now <= verified.not_after, f"until {until}", time_text(now))
     if verified.collateral_issued is None:  # a claim of the TEE's has said whether that may be
-        return checks.steps, verified.not_after
+        return verified.not_after
     age = now - verified.collateral_issued
     fresh = -MAX_AHEAD <= age <= policy.max_age
     checks.require("max age", fresh, f"at most {policy.max_age} s", f"{age} s")
-    return checks.steps, min(verified.not_after, verified.collateral_issued + policy.max_age)
+    return min(verified.not_after, verified.collateral_issued + policy.max_age)
 
 
 def _appraise_any(
-    verified: VerifiedEvidence, members: tuple[AppraisalPolicy, ...], now: int
-) -> tuple[list[Step], int]:
+    verified: VerifiedEvidence, members: tuple[AppraisalPolicy, ...], now: int, steps: list[Step]
+) -> int:
     refusals: list[AppraisalRefused] = []
     for number, member in enumerate(members, start=1):
+        taken: list[Step] = []
+        name = f"any_of[{number}]"
         try:
-            steps, until = _appraise(verified, member, now)
+            until = _appraise(verified, member, now, taken)
         except AppraisalRefused as refusal:
             refusals.append(refusal)
+            detail = f"refused by {refusal.claim}: expected {refusal.expected}, found {refusal.actual}"
+            steps.append(Step(name=name, outcome="note", detail=detail))
             continue
-        chosen = Step(name="any of", outcome="ok", detail=f"policy {number} of {len(members)}")
-        return [chosen, *steps], until
-    # The one that speaks of the same TEE tells most.
-    raise next((refusal for refusal in refusals if refusal.claim != "tee"), refusals[0])
+        steps += [Step(name=name, outcome="ok", detail=f"accepted, of {len(members)}"), *taken]
+        return until
+    raise _by_all(refusals)
+
+
+def _by_all(refusals: list[AppraisalRefused]) -> AppraisalRefused:
+    """The refusal that speaks of the same TEE, for it tells most; its message names each member's claim."""
+    telling = next((refusal for refusal in refusals if refusal.claim != "tee"), refusals[0])
+    each = ", ".join(f"any_of[{number}] by {one.claim}" for number, one in enumerate(refusals, start=1))
+    return AppraisalRefused(
+        f"no policy of any_of admits it: {each}; in any_of[{refusals.index(telling) + 1}], {telling.claim}",
+        code=telling.code,
+        claim=telling.claim,
+        expected=telling.expected,
+        actual=telling.actual,
+    )

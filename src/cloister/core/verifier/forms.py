@@ -295,6 +295,8 @@ def _octets(name: str, value: Any, size: int) -> bytes:
         return value
     if type(value) is not str or not _HEX.fullmatch(value):
         raise invalid(name, f"{2 * size} hex digits", _shown(value))
+    if len(value) != 2 * size:
+        raise invalid(name, f"{2 * size} hex digits", f"{len(value)} characters: {value[:80]}")
     return bytes.fromhex(value)
 
 

@@ -23,20 +23,22 @@ _ANY: Final = frozenset({"any"})
 
 
 class Checks:
-    """Comparisons in order: each becomes a step or a refusal."""
+    """Comparisons in order: each becomes a step, at the end of the caller's list, or a refusal."""
 
-    __slots__ = ("steps",)
+    __slots__ = ("_steps",)
 
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
+    def __init__(self, steps: list[Step]) -> None:
+        self._steps = steps
 
-    def require(self, claim: str, accepted: bool, expected: object, actual: object) -> None:
+    def require(
+        self, claim: str, accepted: bool, expected: object, actual: object, *, detail: str = ""
+    ) -> None:
         """Refuse with code ``appraisal.<claim>``, or note what was found."""
         if not accepted:
             raise AppraisalRefused(
                 code=f"appraisal.{claim.replace(' ', '-')}", claim=claim, expected=expected, actual=actual
             )
-        self.steps.append(Step(name=claim, outcome="ok", detail=str(actual)))
+        self._steps.append(Step(name=claim, outcome="ok", detail=detail or str(actual)))
 
     def equal(self, claim: str, expected: object, actual: object) -> None:
         """`require` that both are the same, of the same type."""
@@ -44,7 +46,7 @@ class Checks:
 
     def note(self, claim: str, detail: str) -> None:
         """Record what is not compared."""
-        self.steps.append(Step(name=claim, outcome="note", detail=detail))
+        self._steps.append(Step(name=claim, outcome="note", detail=detail))
 
 
 class Claim(Protocol):
@@ -294,7 +296,9 @@ class Denied:
         """Does none apply."""
         denied = {name.casefold() for name in policy.denied_advisories}
         found = sorted(name for name in verified.advisories if name.casefold() in denied)
-        checks.require("advisories", not found, "none that is denied", ", ".join(found) or "none")
+        applying = ", ".join(verified.advisories)
+        detail = f"none that is denied; what applies: {applying}" if applying else "none applies"
+        checks.require("advisories", not found, "none that is denied", ", ".join(found), detail=detail)
 
     def compare(self, broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
         """Does the narrower policy deny at least the same."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Final
@@ -247,25 +248,31 @@ class AppraisalPolicy:
         """Read a policy file: bytes in hex, simulated roots in PEM.
 
         Raises:
-            UsageError: not TOML, an unknown key, a wrong type, a missing or contradictory value, or empty.
+            UsageError: not TOML, an unknown key, a wrong type, a missing or contradictory value, or empty;
+                its claim is the key, after the joined policy that has it: ``any_of[2].mr_td``, the second's.
         """
         return cls.from_table(load_toml(text, "policy"))
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> AppraisalPolicy:
+    def from_table(cls, table: Mapping[str, Any], section: str = "") -> AppraisalPolicy:
         """Read a policy that is a table of a larger TOML file; as `from_toml`.
+
+        Args:
+            table: The table.
+            section: Its name, with which the claim of an error begins: ``[worker].any_of[2].mr_td``.
 
         Raises:
             UsageError: an unknown key, a wrong type, a missing or contradictory value, or empty.
         """
-        return cls._from_table(table, MAX_DEPTH)
+        with _located(f"[{section}]" if section else ""):
+            return cls._from_table(table, MAX_DEPTH)
 
     @classmethod
     def _from_table(cls, table: Mapping[str, Any], depth: int) -> AppraisalPolicy:
         if not table:
             raise _empty()
         tee = table.get("tee")
-        known = ("tee", *_JOINS, *(_fields_of(tee) if type(tee) is str and tee in CLAIMS else FORMS))
+        known = sorted(("tee", *_JOINS, *((_fields_of(tee) if type(tee) is str else ()) or FORMS)))
         values: dict[str, Any] = {}
         for name, value in table.items():
             if name not in known:
@@ -273,18 +280,24 @@ class AppraisalPolicy:
                     "unknown key in the policy",
                     code="policy.unknown-key",
                     claim=name[:64],
-                    expected=sorted(known),
+                    expected=", ".join(known),
                     actual=name[:64],
                 )
             if name in _JOINS:
-                members = [each if isinstance(each, dict) else {} for each in _joined(value, name, depth)]
-                values[name] = tuple(cls._from_table(each, depth - 1) for each in members)
+                values[name] = tuple(cls._members(name, _joined(value, name, depth), depth - 1))
             else:
                 values[name] = value if name == "tee" else FORMS[name].read(name, value)
         policy = cls(**values)
         if policy.is_empty:
             raise _empty()
         return policy
+
+    @classmethod
+    def _members(cls, join: str, tables: list[Any], depth: int) -> Iterator[AppraisalPolicy]:
+        for number, table in enumerate(tables, start=1):
+            with _located(f"{join}[{number}]"):
+                member = cls._from_table(table if isinstance(table, dict) else {}, depth)
+            yield member
 
     def to_toml(self, section: str = "") -> str:
         """The form that `from_toml` reads, with every field of its TEE that has a value.
@@ -389,6 +402,16 @@ def _check_joined(policy: AppraisalPolicy, stated: list[str]) -> None:
 
 def _depth(policy: AppraisalPolicy) -> int:
     return 1 + max(map(_depth, policy.members)) if policy.members else 0
+
+
+@contextmanager
+def _located(place: str) -> Iterator[None]:
+    """Begin the claim of an error with the place in the file: ``any_of[2]`` and ``mr_td`` give both."""
+    try:
+        yield
+    except UsageError as error:
+        error.claim = ".".join(part for part in (place, error.claim) if part)
+        raise
 
 
 def _joined(value: Any, name: str, depth: int) -> list[Any]:

@@ -9,12 +9,16 @@ from typing import Any, Final, TypeAlias
 
 from cloister.core import encoding
 from cloister.core.verifier.chain import time_text
-from cloister.errors import EvidenceRefused
+from cloister.errors import BindingRefused, EvidenceRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One check that was made: its name, its outcome (``"ok"``, ``"note"``) and what was compared."""
+    """One check that was made: its name, its outcome and what was compared.
+
+    Outcomes: ``"ok"``, ``"note"`` for what nobody compares; a refusal is an error, which those who list steps
+    show as ``"refused"``.
+    """
 
     name: str
     outcome: str
@@ -145,7 +149,7 @@ class VerifiedEvidence:
         advisories: Intel's advisories that apply to platform, TDX module or quoting enclave, sorted.
         tcb_evaluation_number: The lower one of TCB info and QE identity; None likewise.
         measurements: Fields of the report by name: bytes, or integers for versions.
-        report_data: 64 B that the enclave bound to its report.
+        report_data: What the enclave bound to its report: 64 B of REPORTDATA, or Nitro's user_data.
         platform: The machine.
         collateral: `CollateralMark` per signed object; names include the issuer or family that they speak of.
         collateral_issued: Oldest issue date of what says whether the platform is still good: TCB info, QE
@@ -178,6 +182,21 @@ class VerifiedEvidence:
         if self.tee == "sgx" and isinstance(found[0], bytes):
             return found[0]
         return encoding.digest(["cloister/v1/measurement", self.tee, found])
+
+    def require_report_data(self, expected: bytes) -> None:
+        """Check what the enclave bound: without it, evidence of a good enclave says nothing of its sender.
+
+        Raises:
+            BindingRefused: code ``binding.report-data``.
+        """
+        if self.report_data != expected:
+            raise BindingRefused(
+                "the evidence was made for another message, key or configuration",
+                code="binding.report-data",
+                claim="user_data" if self.tee == "nitro" else "REPORTDATA",
+                expected=expected.hex(),
+                actual=self.report_data.hex(),
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The form that ``--json`` prints: bytes in hex, times in unix seconds."""

@@ -6,6 +6,7 @@ policy admits too. The comparison is sound and not complete: what it can't tell,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cloister.core.verifier.claims import CLAIMS, not_subset
@@ -52,14 +53,29 @@ def _require_some(broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
 
 
 def _require_plain(broader: AppraisalPolicy, narrower: AppraisalPolicy) -> None:
+    for refusal in compare_claims(broader, narrower):
+        raise refusal
+
+
+def compare_claims(broader: AppraisalPolicy, narrower: AppraisalPolicy) -> Iterator[AppraisalRefused]:
+    """Compare two policies that each speak of one TEE, neither empty.
+
+    Yields:
+        A refusal for each claim where ``narrower`` admits more, as `require_subset` raises it.
+    """
+    if broader.tee != narrower.tee:  # and so they have no claim in common
+        yield not_subset("tee", broader.tee, narrower.tee)
+        return
     for claim, expected, actual in (
-        ("tee", broader.tee, narrower.tee),
         ("simulated", broader.anchors.is_simulated, narrower.anchors.is_simulated),
         ("trust anchors", broader.anchors.digest.hex(), narrower.anchors.digest.hex()),
     ):
         if expected != actual:
-            raise not_subset(claim, expected, actual)
+            yield not_subset(claim, expected, actual)
     for each in CLAIMS[broader.tee]:
-        each.compare(broader, narrower)
+        try:
+            each.compare(broader, narrower)
+        except AppraisalRefused as refusal:
+            yield refusal
     if narrower.max_age > broader.max_age:
-        raise not_subset("max_age", f"at most {broader.max_age} s", f"{narrower.max_age} s")
+        yield not_subset("max_age", f"at most {broader.max_age} s", f"{narrower.max_age} s")

@@ -61,14 +61,7 @@ class DocumentMaker:
         attestation = await asyncio.to_thread(self._attest, epoch)
         # A service whose own evidence doesn't verify under its own anchors must not come up.
         evidence = verify(attestation.evidence, anchors=self._configuration.anchors, now=now)
-        if evidence.report_data != attestation.binding.report_data:
-            raise BindingRefused(
-                "the TEE device gave evidence of another enclave",
-                code="binding.report-data",
-                claim="REPORTDATA",
-                expected=attestation.binding.report_data.hex(),
-                actual=evidence.report_data.hex(),
-            )
+        evidence.require_report_data(attestation.binding.report_data)
         self._require_same(evidence)
         self.epochs.begin(epoch)  # from here on nothing fails: all of it changes together
         self._attestation, self.own_evidence = attestation, evidence
