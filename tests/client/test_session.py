@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from cloister.client.identity import Identity
-from cloister.client.session import RETRY_PAUSES, Session, model_of, model_path
+from cloister.client.session import (
+    MAX_PREPARED,
+    PREPARED_LIFETIME,
+    RETRY_PAUSES,
+    Session,
+    model_of,
+    model_path,
+)
 from cloister.core import oip
 from cloister.core.identity import SigningKey
 from cloister.core.ohttp import bhttp
@@ -113,6 +120,58 @@ async def test_an_answer_and_one_verification_for_many():
         assert len(next(iter(out.values()))) == 2
     assert user.session.conversation.verifications == 1
     assert len(posts(stage)) == 3
+    stage.close()
+
+
+def prepares(stage: Stage) -> list[bytes]:
+    """Lets the session work while the worker answers; gives the encapsulated keys of its requests."""
+    encs: list[bytes] = []
+
+    def before(outgoing: Any) -> None:
+        if outgoing.meanwhile is not None:
+            encs.append(bytes(outgoing.body[7:1127]))
+            outgoing.meanwhile()
+
+    stage.before = before
+    return encs
+
+
+async def test_what_was_prepared_meanwhile_serves_one_request():
+    stage, user = await opened()
+    encs = prepares(stage)
+    await user.infer()
+    prepared = user.session._prepared[stage.model]
+    await user.infer()
+    await user.infer()
+    assert encs[1] == prepared.sealer.enc
+    assert len(set(encs)) == 3, "never the same twice"
+    assert len(user.session._prepared) == 1
+    stage.close()
+
+
+async def test_what_was_prepared_is_dropped_with_its_document_and_with_time():
+    stage, user = await opened()
+    encs = prepares(stage)
+    await user.infer()
+    old = user.session._prepared[stage.model]
+    stage.realm.clock.time += PREPARED_LIFETIME + 1
+    await user.infer()
+    assert old.sealer.enc not in encs
+    old = user.session._prepared[stage.model]
+    await stage.run(user.session.refresh())
+    await user.infer()
+    assert old.sealer.enc not in encs
+    stage.close()
+
+
+async def test_only_so_many_wait_for_their_requests():
+    stage, user = await opened()
+    prepares(stage)
+    await user.infer()
+    waiting = user.session._prepared.pop(stage.model)
+    user.session._prepared |= {f"other {number}": waiting for number in range(MAX_PREPARED)}
+    await user.infer()
+    assert len(user.session._prepared) == MAX_PREPARED
     stage.close()
 
 

@@ -16,6 +16,7 @@ from cloister.core.ohttp.keyconfig import KeyConfiguration
 from cloister.core.protocol import problem
 from cloister.enclave.server import MAX_WAITING, EnclaveServer, InnerRequest
 from cloister.errors import AccessRefused, CloisterError, NotFound
+from cloister.net.body import Body
 from cloister.net.messages import Answer, Head
 from support.realm import kem_key
 
@@ -51,7 +52,7 @@ def seal(
 async def send(server: EnclaveServer, body: bytes | bytearray, **fields: bytes) -> Answer:
     names = {name.replace("_", "-").encode(): value for name, value in fields.items()}
     head = Head(method=b"POST", target=b"/ohttp", fields={b"content-type": TYPE, **names})
-    return await server.handle(head, memoryview(bytearray(body)))
+    return await server.handle(head, Body.of(bytearray(body)))
 
 
 def outer(answer: Answer) -> dict[str, Any]:
@@ -91,7 +92,7 @@ async def test_another_media_type(kind):
     assert answer.status == 415
     assert outer(answer) == {"type": "about:blank", "code": "ohttp.media-type"}
     head = Head(method=b"POST", target=b"/ohttp")
-    assert (await server.handle(head, memoryview(b""))).status == 415
+    assert (await server.handle(head, Body.of(b""))).status == 415
     assert handler.seen == []
 
 

@@ -13,14 +13,24 @@ from typing import Any
 import pytest
 import uvloop
 
-from cloister.errors import CloisterError, FormatError, NotFound, Overloaded, Unavailable, UsageError
+from cloister.errors import (
+    CloisterError,
+    FormatError,
+    NotFound,
+    Overloaded,
+    TransportError,
+    Unavailable,
+    UsageError,
+)
 from cloister.host.gateway.capture import Capture, read_capture
 from cloister.host.gateway.metrics import Metrics
 from cloister.host.gateway.registry import KEY_SERVICE, Registry, Worker
 from cloister.host.gateway.server import Gateway
 from cloister.host.store.blobs import BlobStore
+from cloister.net.body import Body
 from cloister.net.front import Answer, FrontServer, Head, Limits, serve
 from cloister.net.link import Peer, Upstream
+from support.fronts import whole
 
 POOL = "ab" * 32
 OTHER = "cd" * 32
@@ -52,6 +62,7 @@ class House:
         stack.push_async_callback(self.admin.aclose)
 
     async def worker(self, name: str, handler: Any = None, pool: str = POOL, **options: Any) -> FrontServer:
+        @whole
         async def named(head: Head, body: memoryview) -> Answer:
             return Answer(body=name.encode() + b":" + body, content_type=b"message/ohttp-res")
 
@@ -199,6 +210,7 @@ def test_a_worker_that_takes_too_long_is_504_and_nothing_is_sent_again(go: Go, t
     async def main() -> None:
         calls = 0
 
+        @whole
         async def slow(head: Head, body: memoryview) -> Answer:
             nonlocal calls
             calls += 1
@@ -215,8 +227,61 @@ def test_a_worker_that_takes_too_long_is_504_and_nothing_is_sent_again(go: Go, t
     go(main())
 
 
+def test_a_client_that_leaves_in_the_middle_leaves_nothing_at_the_worker(go: Go, tmp_path: Path) -> None:
+    async def main() -> None:
+        failures: list[str] = []
+
+        async def handler(head: Head, body: Body) -> Answer:
+            try:
+                return Answer(body=bytes(await body.whole()))
+            except TransportError as error:
+                failures.append(error.code)
+                raise
+
+        async with house(tmp_path) as home:
+            worker = await home.worker("w", handler)
+            leaving = Body(1_000_000)
+            leaving.advance(300_000)
+            asyncio.get_running_loop().call_later(0.05, leaving.fail)
+            with pytest.raises(TransportError):
+                await home.public.request(b"POST", b"/ohttp", FIELDS, leaving, timeout=5)
+            await asyncio.sleep(0.05)
+            assert failures == ["transport.closed"]
+            assert [each.in_flight for each in home.gateway.registry.workers(0)] == [0]
+            assert (await home.post(b"next")).body == b"next"
+            assert worker._shared.buffered == 0
+
+    go(main())
+
+
+def test_a_body_is_passed_on_while_it_arrives_once_enough_of_it_is_there(go: Go, tmp_path: Path) -> None:
+    async def main() -> None:
+        came: list[int] = []
+
+        async def handler(head: Head, body: Body) -> Answer:
+            came.append(await body.more(0))
+            return Answer(body=bytes(await body.whole()))
+
+        async with house(tmp_path) as home:
+            await home.worker("w", handler)
+            body = Body(200_000)
+            body.view[:] = os.urandom(200_000)
+            asking = asyncio.ensure_future(home.public.request(b"POST", b"/ohttp", FIELDS, body, timeout=5))
+            body.advance(1000)
+            await asyncio.sleep(0.05)
+            assert came == [], "who sent next to nothing occupies no worker"
+            body.advance(99_000)
+            await asyncio.sleep(0.05)
+            assert len(came) == 1
+            body.advance(100_000)
+            assert (await asking).body == bytes(body.view)
+
+    go(main())
+
+
 def test_what_a_worker_answers_passes_through(go: Go, tmp_path: Path) -> None:
     async def main() -> None:
+        @whole
         async def busy(head: Head, body: memoryview) -> Answer:
             assert head.fields[b"cloister-model"] == b"m"
             assert b"authorization" not in head.fields

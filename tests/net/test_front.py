@@ -12,12 +12,14 @@ import pytest
 
 from cloister.errors import UsageError
 from cloister.net.front import Answer, FrontServer, Head, Limits, serve
+from support.fronts import whole
 
 from .conftest import Go
 
 POST = b"POST /ohttp HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n%s\r\n"
 
 
+@whole
 async def echo(head: Head, body: memoryview) -> Answer:
     return Answer(status=200, body=body, content_type=b"a/b")
 
@@ -101,6 +103,7 @@ def test_an_over_long_body_is_refused_before_it_is_read_or_allocated(go: Go) -> 
     async def main() -> None:
         seen: list[int] = []
 
+        @whole
         async def handler(head: Head, body: memoryview) -> Answer:
             seen.append(len(body))
             return Answer()
@@ -169,6 +172,7 @@ def test_a_truncated_body_never_reaches_the_handler(go: Go) -> None:
     async def main() -> None:
         called = False
 
+        @whole
         async def handler(head: Head, body: memoryview) -> Answer:
             nonlocal called
             called = True
@@ -208,6 +212,7 @@ def test_one_connection_too_many(go: Go) -> None:
     async def main() -> None:
         gate = asyncio.Event()
 
+        @whole
         async def held(head: Head, body: memoryview) -> Answer:
             await gate.wait()
             return Answer()
@@ -272,6 +277,7 @@ def test_pipelined_requests_are_answered_one_at_a_time_in_order(go: Go) -> None:
     async def main() -> None:
         running = most = 0
 
+        @whole
         async def handler(head: Head, body: memoryview) -> Answer:
             nonlocal running, most
             running += 1
@@ -326,6 +332,7 @@ def test_http_1_0_closes(go: Go) -> None:
 def test_a_failing_handler_is_a_bare_500_and_logs_only_its_type(
     go: Go, caplog: pytest.LogCaptureFixture
 ) -> None:
+    @whole
     async def handler(head: Head, body: memoryview) -> Answer:
         raise ValueError("the secret input")
 
@@ -336,6 +343,7 @@ def test_a_failing_handler_is_a_bare_500_and_logs_only_its_type(
 
 
 def test_an_answer_that_would_split_is_a_500(go: Go) -> None:
+    @whole
     async def handler(head: Head, body: memoryview) -> Answer:
         return Answer(fields=[(b"x", b"a\r\ny: b")])
 
@@ -375,6 +383,7 @@ def test_a_reader_that_does_not_read_is_dropped_and_holds_one_answer(go: Go) -> 
     async def main() -> None:
         answered = 0
 
+        @whole
         async def handler(head: Head, body: memoryview) -> Answer:
             nonlocal answered
             answered += 1
@@ -458,6 +467,7 @@ def test_a_silent_guest_is_dropped(go: Go) -> None:
 
 def test_close_lets_a_request_finish_and_leaves_nothing(go: Go, tmp_path: Path) -> None:
     async def main() -> None:
+        @whole
         async def slow(head: Head, body: memoryview) -> Answer:
             await asyncio.sleep(0.1)
             return Answer(body=b"done")
@@ -485,6 +495,7 @@ def test_close_drops_what_does_not_finish(go: Go) -> None:
     async def main() -> None:
         cancelled = asyncio.Event()
 
+        @whole
         async def stuck(head: Head, body: memoryview) -> Answer:
             try:
                 await asyncio.sleep(60)

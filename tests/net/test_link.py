@@ -13,10 +13,12 @@ import pytest
 from cloister.errors import NotFound, TransportError, UsageError
 from cloister.net.front import Answer, Head, Limits, serve
 from cloister.net.link import Peer, Upstream
+from support.fronts import whole
 
 from .conftest import Go
 
 
+@whole
 async def echo(head: Head, body: memoryview) -> Answer:
     return Answer(
         status=200, body=body, content_type=b"a/b", fields=[(b"x-seen", head.fields.get(b"x", b"-"))]
@@ -221,6 +223,7 @@ def test_a_connection_that_went_stale_is_replaced_without_an_error(go: Go, tmp_p
 
 def test_a_cancelled_request_leaves_no_connection(go: Go, tmp_path: Path) -> None:
     async def main() -> None:
+        @whole
         async def slow(head: Head, body: memoryview) -> Answer:
             await asyncio.sleep(0.1)
             return Answer(body=b"late")

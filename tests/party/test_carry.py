@@ -22,6 +22,7 @@ from cloister.net.front import serve
 from cloister.net.messages import Answer, Head, Limits
 from cloister.party.carry import MAX_ANSWER, AsyncCarrier, Carrier
 from cloister.party.wire import Wire, reason_of
+from support.fronts import whole
 
 FIELDS = ((b"content-type", b"message/ohttp-req"),)
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: a/b\r\ncontent-length: 3\r\n\r\nabc"
@@ -29,10 +30,15 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-type: a/b\r\ncontent-length: 3\r\n\r\nabc"
 
 @dataclass
 class Post:
-    body: bytes | bytearray = b"sealed"
+    content: bytes | bytearray = b"sealed"
     method: bytes = b"POST"
     target: bytes = b"/ohttp"
     fields: tuple[tuple[bytes, bytes], ...] = FIELDS
+    meanwhile: None = None
+
+    @property
+    def body(self) -> bytes | bytearray:
+        return self.content
 
 
 @dataclass
@@ -282,6 +288,7 @@ def test_bytes_that_nobody_asked_for_are_never_taken_for_an_answer() -> None:
 
 def test_a_refusal_before_the_whole_request_was_read_is_the_answer() -> None:
     async def main() -> None:
+        @whole
         async def never(head: Head, body: memoryview) -> Answer:
             raise AssertionError
 
@@ -324,6 +331,7 @@ def test_informational_and_empty_answers() -> None:
 @pytest.mark.parametrize("size", [0, 1, 100_000, 5 << 20])
 def test_bodies_pass_unchanged_both_ways(size: int) -> None:
     async def main() -> None:
+        @whole
         async def echo(head: Head, body: memoryview) -> Answer:
             assert head.fields[b"content-type"] == FIELDS[0][1]
             return Answer(status=200, body=body, content_type=b"a/b")
@@ -334,11 +342,11 @@ def test_bodies_pass_unchanged_both_ways(size: int) -> None:
         url = f"http://127.0.0.1:{front.port}"
         with carrier(url) as made:
             for _ in range(2):
-                answer = await asyncio.to_thread(made.send, Post(body=body))
+                answer = await asyncio.to_thread(made.send, Post(content=body))
                 assert (answer.status, answer.body, answer.content_type) == (200, body, b"a/b")
         other = AsyncCarrier(url)
         for _ in range(2):
-            answer = await other.send(Post(body=body))
+            answer = await other.send(Post(content=body))
             assert (answer.status, answer.body, answer.content_type) == (200, body, b"a/b")
         await other.aclose()
         await front.close()
@@ -357,7 +365,7 @@ def test_host_and_prefix_follow_from_the_url() -> None:
 
 def test_only_encapsulated_requests_take_the_short_way() -> None:
     with server(OK, OK) as peer, carrier(peer.url) as made:
-        assert made.send(Post(method=b"GET", target=b"/.well-known/cloister", body=b"")).body == b"abc"
+        assert made.send(Post(method=b"GET", target=b"/.well-known/cloister", content=b"")).body == b"abc"
         assert made.send(Post()).body == b"abc"
         assert b"user-agent: python-httpx" in peer.requests[0].lower()
         assert b"httpx" not in peer.requests[1]
@@ -418,6 +426,7 @@ def test_an_answer_may_be_as_large_as_is_said() -> None:
 
 def test_threads_may_share_a_wire() -> None:
     async def main() -> None:
+        @whole
         async def echo(head: Head, body: memoryview) -> Answer:
             await asyncio.sleep(0.001)
             return Answer(status=200, body=body)
@@ -433,3 +442,63 @@ def test_threads_may_share_a_wire() -> None:
         await front.close()
 
     asyncio.run(main())
+
+
+# --- bodies that are made while they are sent
+
+
+class Made:
+    """Three pieces, made when they are asked for; notes how often each was."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return 300_000
+
+    def pieces(self) -> Iterator[bytes]:
+        for number in range(3):
+            self.asked.append(number)
+            yield bytes([number]) * 100_000
+
+
+def test_a_body_in_pieces_is_begun_again_where_an_idle_connection_was_gone() -> None:
+    def answer_and_close(stream: socket.socket) -> None:
+        stream.sendall(OK)
+        stream.shutdown(socket.SHUT_RDWR)
+
+    body = Made()
+    with server(answer_and_close, OK) as other, wire(other.port) as made:
+        post(made)
+        made.request(b"POST", b"/ohttp", FIELDS, body, timeout=5)
+        assert other.connections == 2
+        assert other.requests[-1].endswith(b"".join(Made().pieces()))
+
+
+def test_work_is_done_while_an_answer_is_awaited() -> None:
+    order: list[str] = []
+
+    def answer(stream: socket.socket) -> None:
+        order.append("asked")
+        stream.sendall(OK)
+
+    with server(answer) as other, wire(other.port) as made:
+
+        def meanwhile() -> None:
+            while not order:
+                time.sleep(0.001)  # the request is on its way, or this would never end
+            order.append("meanwhile")
+
+        made.request(b"POST", b"/ohttp", FIELDS, b"x", timeout=5, meanwhile=meanwhile)
+    assert order == ["asked", "meanwhile"]
+
+
+def test_a_connection_is_closed_where_that_work_fails() -> None:
+    def fails() -> None:
+        raise ValueError
+
+    with server(OK, OK) as other, wire(other.port) as made:
+        with pytest.raises(ValueError):
+            made.request(b"POST", b"/ohttp", FIELDS, b"x", timeout=5, meanwhile=fails)
+        post(made)
+        assert other.connections == 2

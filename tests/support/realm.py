@@ -46,6 +46,7 @@ from cloister.enclave.keyservice.routes import KeyServiceRoutes
 from cloister.enclave.keyservice.service import KeyService
 from cloister.enclave.server import EnclaveServer
 from cloister.errors import NotFound, TransportError, Unavailable
+from cloister.net.body import Body
 from cloister.net.messages import Answer, Head
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.quote import ATTRIBUTES
@@ -260,7 +261,7 @@ class Realm:
             target=b"/ohttp",
             fields={b"content-type": b"message/ohttp-req", b"cloister-sender": b"enclave", **(fields or {})},
         )
-        return await self.server.handle(head, memoryview(bytearray(message)))
+        return await self.server.handle(head, Body.of(bytearray(message)))
 
     def document(self) -> VerifiedDocument:
         """The service document, verified as a client does."""
@@ -404,7 +405,7 @@ async def gateway(realm: Realm, workers: Workers, request: httpx.Request, body: 
         answer = await realm.outer(body, {b"content-type": fields[b"content-type"]})
     elif pool in workers:
         head = Head(method=b"POST", target=b"/ohttp", fields=fields)
-        answer = await workers[pool].handle(head, memoryview(bytearray(body)))
+        answer = await workers[pool].handle(head, Body.of(bytearray(body)))
     else:
         return httpx.Response(404)
     return httpx.Response(

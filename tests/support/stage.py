@@ -24,6 +24,7 @@ from cloister.enclave.worker.main import Worker
 from cloister.enclave.worker.membership import Membership
 from cloister.enclave.worker.models import ModelCache
 from cloister.enclave.worker.routes import WorkerRoutes
+from cloister.net.body import Body
 from cloister.net.messages import Answer, Head
 from cloister.owner.model import load_model
 from support.realm import (
@@ -130,7 +131,7 @@ class Stage:
     async def to_worker(self, body: bytes) -> Answer:
         assert self.worker.server is not None
         head = Head(method=b"POST", target=b"/ohttp", fields={b"content-type": b"message/ohttp-req"})
-        return await self.worker.server.handle(head, memoryview(bytearray(body)))
+        return await self.worker.server.handle(head, Body.of(bytearray(body)))
 
     async def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)

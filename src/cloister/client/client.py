@@ -111,7 +111,8 @@ class _Base:
             method=b"POST",
             path=model_path(model, "infer"),
             fields=tuple(fields),
-            content=b"".join((header, *buffers)),
+            content=header,
+            more=tuple(buffers),
         )
         try:
             response = yield from self._session.request(model, inner)

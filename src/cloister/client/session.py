@@ -5,7 +5,8 @@ A request goes through these steps, numbered as the body cites them:
 1. the service document holds (verified in full once per validity), or is fetched and verified;
 2. a pool serves the model, and every worker that it admits is one that the user's policy accepts;
 3. a fresh encapsulation to the pool's preferred key that is on our list;
-4. a signature over this service, pool, epoch, model, statement and encapsulation;
+4. a signature over this service, pool, epoch, model, statement and encapsulation; both are made while the
+   request before waits for its answer, where there was one;
 5. the exchange; on a failure that may pass, all of it again with a new encapsulation.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -40,6 +41,8 @@ from cloister.errors import (
 from cloister.party.memory import Memory
 
 REQUEST_LIFETIME: Final = 120  # seconds
+PREPARED_LIFETIME: Final = 30  # seconds that an encapsulation may wait for its request
+MAX_PREPARED: Final = 8  # models for which one waits
 RETRY_PAUSES: Final = (0.05, 0.2, 0.5, 1.0)  # seconds before each further attempt
 SHARED_PAUSE: Final = 0.005  # seconds between looks at a verification that another task makes
 _MODELS: Final = b"/v2/models/"
@@ -53,6 +56,16 @@ class _Place:
     entry: PoolEntry
     served: ServedModel
     pool_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A key encapsulated, and the signature over it, for one request that is yet to be made."""
+
+    place: _Place
+    sealer: encapsulation.Encapsulation
+    authorization: RequestAuthorization
+    made: int  # Unix seconds
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +90,7 @@ class Session:
     conversation: Conversation = field(init=False)
     _places: dict[str, _Place] = field(init=False, default_factory=dict)
     _placed: VerifiedDocument | None = field(init=False, default=None)  # the document that _places are of
+    _prepared: dict[str, _Prepared] = field(init=False, default_factory=dict)  # by model
     _refreshing: bool = field(init=False, default=False)
     _failure: TransportError | None = field(init=False, default=None)
 
@@ -171,6 +185,7 @@ class Session:
         verified = self.conversation.current()
         if verified is not self._placed:
             self._places.clear()
+            self._prepared.clear()
             self._placed = verified
         place = self._places.get(model)
         if place is None:
@@ -201,31 +216,45 @@ class Session:
                 "the client has no identity to sign with", code="identity.none", hint="Pass identity=..."
             )
         place = self._place(model)
-        entry, pool_id = place.entry, place.pool_id
-        configuration, suite = select(entry.keys)  # step 3
-        sealer = encapsulation.begin(configuration, suite)
-        consent = self.policy.consent
-        authorization = RequestAuthorization.sign(  # step 4
-            self.identity.key_at(owner_of(model)),
-            RequestContext(
-                service=self.policy.service, pool=pool_id, epoch=entry.epoch, model=model, enc=sealer.enc
-            ),
+        identity, prepared = self.identity, self._prepared.pop(model, None)
+        if (
+            prepared is None
+            or prepared.place is not place
+            or not 0 <= self.now() - prepared.made <= PREPARED_LIFETIME
+        ):
+            prepared = self._prepare(place, model, identity)
+        field_line = (FIELD, prepared.authorization.to_field())
+        signed = replace(inner, fields=(*inner.fields, field_line))
+        hints = () if self.pool_only else ((outer.MODEL, model.encode()),)
+
+        def meanwhile() -> None:
+            if model in self._prepared or len(self._prepared) < MAX_PREPARED:
+                self._prepared[model] = self._prepare(place, model, identity)
+
+        pool = place.pool_id.hex().encode()
+        return (yield from finish_exchange(prepared.sealer, pool, signed, hints, meanwhile))
+
+    def _prepare(self, place: _Place, model: str, identity: Identity) -> _Prepared:
+        """Encapsulate a key (step 3) and sign it (step 4): both can be done before there is a request."""
+        configuration, suite = select(place.entry.keys)
+        sealer, now, consent = encapsulation.begin(configuration, suite), self.now(), self.policy.consent
+        context = RequestContext(
+            service=self.policy.service,
+            pool=place.pool_id,
+            epoch=place.entry.epoch,
+            model=model,
+            enc=sealer.enc,
+        )
+        authorization = RequestAuthorization.sign(
+            identity.key_at(owner_of(model)),
+            context,
             statement=place.served.statement,
             request_id=os.urandom(REQUEST_ID_SIZE),
-            expiry=self.now() + REQUEST_LIFETIME,
+            expiry=now + REQUEST_LIFETIME,
             allow_cross_user_batching=consent.allow_cross_user_batching,
             allow_outside_stages=consent.allow_outside_stages,
         )
-        signed = bhttp.Request(
-            method=inner.method,
-            path=inner.path,
-            scheme=inner.scheme,
-            authority=inner.authority,
-            fields=(*inner.fields, (FIELD, authorization.to_field())),
-            content=inner.content,
-        )
-        hints = () if self.pool_only else ((outer.MODEL, model.encode()),)
-        return (yield from finish_exchange(sealer, pool_id.hex().encode(), signed, hints))
+        return _Prepared(place=place, sealer=sealer, authorization=authorization, made=now)
 
     def _refresh_newer(self, failure: CloisterError) -> Flow[VerifiedDocument]:
         """Fetch again; a service that can't be reached leaves us with the document that still holds."""

@@ -15,11 +15,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloister.core.ohttp import bhttp
-from cloister.core.ohttp.encapsulation import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Decapsulation, Gateway
+from cloister.core.ohttp.encapsulation import (
+    MAX_HEAD,
+    MEDIA_TYPE_REQUEST,
+    MEDIA_TYPE_RESPONSE,
+    Decapsulation,
+    Gateway,
+    OpeningRequest,
+)
 from cloister.core.ohttp.kem import PrivateKey
 from cloister.core.protocol import outer, problem
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.errors import BindingRefused, CloisterError, NotFound
+from cloister.net.body import Body
 from cloister.net.messages import Answer, Head
 
 log: Final = logging.getLogger(__name__)
@@ -80,13 +88,12 @@ class EnclaveServer:
         """Serve these keys from the next request on; those left out are forgotten."""
         self._gateway = Gateway(keys)
 
-    async def handle(self, head: Head, body: memoryview) -> Answer:
+    async def handle(self, head: Head, body: Body) -> Answer:
         """Answer one outer request (the `cloister.net.front` handler)."""
-        arrived = time.monotonic()
         if head.fields.get(b"content-type") != _REQUEST_TYPE:
             return _outer(415, "about:blank", "ohttp.media-type")
         try:
-            exchange, plaintext = await self._open(body)
+            exchange, plaintext, arrived = await self._open(body)
         except BindingRefused as error:
             return _outer(400, _KEY_PROBLEM, error.code)
         except CloisterError as error:
@@ -96,10 +103,21 @@ class EnclaveServer:
             status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True))
         )
 
-    async def _open(self, body: memoryview) -> tuple[Decapsulation, memoryview]:
-        """Open a request, once more after a renewal where its key isn't here."""
+    async def _open(self, body: Body) -> tuple[Decapsulation, memoryview, float]:
+        """Open a request while it arrives; says also when its end was there."""
+        await body.more(min(len(body), MAX_HEAD) - 1)
+        opening = await self._begin(body)
+        while not body.complete:
+            opening.advance(body.received)
+            await body.more(body.received)
+        arrived = time.monotonic()
+        opening.advance(len(body))
+        return *opening.finish(), arrived
+
+    async def _begin(self, body: Body) -> OpeningRequest:
+        """Begin to open a request, once more after a renewal where its key isn't here."""
         try:
-            return self._gateway.open(body)
+            return self._gateway.begin(body.view)
         except BindingRefused:
             if self._renew is None or self._waiting >= MAX_WAITING:
                 raise
@@ -108,7 +126,7 @@ class EnclaveServer:
             await self._renew()
         finally:
             self._waiting -= 1
-        return self._gateway.open(body)
+        return self._gateway.begin(body.view)
 
     async def _answer(
         self,

@@ -1,9 +1,10 @@
 """The server's side of one connection: one request at a time, read straight into the buffer its handler owns.
 
 A connection passes through four states. HEAD collects a head in a buffer of fixed size; BODY fills a buffer
-of exactly the declared length; BUSY waits for the handler and for the peer to read the answer, with reading
-paused, so that neither pipelined requests nor a slow reader grow memory; DISCARD has refused and drops what
-still arrives, because closing a socket with unread bytes would destroy the refusal before the peer reads it.
+of exactly the declared length, whose front the handler may use already; BUSY waits for the handler and for
+the peer to read the answer, with reading paused, so that neither pipelined requests nor a slow reader grow
+memory; DISCARD has refused, or answered before the body's end, and drops what still arrives, because closing
+a socket with unread bytes would destroy the answer before the peer reads it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Final, Protocol, TypeAlias, cast
 
 from cloister.errors import FormatError
 from cloister.net import http1
+from cloister.net.body import Body
 from cloister.net.guest import Guest
 from cloister.net.messages import Answer, Buffer, Fields, Head, Limits, Tap
 
-Handler: TypeAlias = Callable[[Head, memoryview], Awaitable[Answer]]
+Handler: TypeAlias = Callable[[Head, Body], Awaitable[Answer]]
 Get: TypeAlias = Callable[[], "Answer | Awaitable[Answer]"]
 ROUTE: Final = b"/ohttp"
 _LINGER: Final = 1.0  # seconds that a refused peer has to read its refusal
@@ -78,9 +80,7 @@ class Connection(asyncio.BufferedProtocol):
         self._deadline = math.inf  # by the loop's clock
         self._head = bytearray(shared.limits.max_head)
         self._filled = 0  # bytes of _head that hold received bytes
-        self._request: Head | None = None
-        self._body = memoryview(b"")
-        self._got = 0  # bytes of _body received
+        self._body = Body(0)
         self._held = 0  # bytes counted in shared.buffered for this connection
         self._writable = asyncio.Event()
         self._writable.set()
@@ -123,7 +123,7 @@ class Connection(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
         if self._state is _State.BODY:
-            return self._body[self._got :]
+            return self._body.view[self._body.received :]
         if self._state is _State.DISCARD:
             return memoryview(self._head)
         return memoryview(self._head)[self._filled :]
@@ -133,9 +133,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._shared.tap is not None:
             self._shared.tap.received(self._tapped, self.get_buffer(-1)[:nbytes])
         if self._state is _State.BODY:
-            self._got += nbytes
-            if self._hold(nbytes) and self._got == len(self._body):
-                self._dispatch_body()
+            if self._hold(nbytes):
+                self._body.advance(nbytes)
+                if self._body.complete:
+                    self._busy()
         elif self._state is not _State.DISCARD:
             if self._filled == 0:
                 self._deadline = self._shared.loop.time() + self._shared.limits.head_timeout
@@ -157,8 +158,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection. A handler in progress runs to its end: what it does may not be divisible."""
-        if self._state is not _State.BUSY:
-            self._release()
+        self._body.fail()
         self._state = _State.GONE
         self._shared.members.discard(self)
         self._writable.set()
@@ -225,16 +225,16 @@ class Connection(asyncio.BufferedProtocol):
         got = min(self._filled - end, length)
         if not self._hold(got):
             return None
-        self._request = request
-        self._body = memoryview(bytearray(length))  # zero pages: the system finds memory for what is received
-        self._got = got
-        self._body[: self._got] = memoryview(self._head)[end : end + self._got]
-        self._drop(end + self._got)
+        self._body = body = Body(length)
+        body.view[:got] = memoryview(self._head)[end : end + got]
+        body.advance(got)
+        self._drop(end + got)
         self._state = _State.BODY
         self._deadline = shared.loop.time() + shared.limits.transfer_timeout(length)
-        if self._got == length:
-            return self._dispatch_body()
-        if expect:
+        self._start(request, partial(shared.handler, request, body))
+        if body.complete:
+            self._busy()
+        elif expect:
             self._write(http1.CONTINUE)
         return None
 
@@ -242,18 +242,11 @@ class Connection(asyncio.BufferedProtocol):
         """Count bytes of bodies that are in memory; refuses the request that goes beyond the limit."""
         shared = self._shared
         if shared.buffered + count > shared.limits.max_buffered:
-            self._release()
-            self._request, self._body = None, memoryview(b"")
             self._refuse(503, ((b"retry-after", b"1"),))
             return False
         shared.buffered += count
         self._held += count
         return True
-
-    def _dispatch_body(self) -> None:
-        request, body = cast(Head, self._request), self._body
-        self._request, self._body = None, memoryview(b"")
-        self._dispatch(request, partial(self._shared.handler, request, body))
 
     def _take_get(self, request: Head, end: int) -> None:
         if request.method not in (b"GET", b"HEAD"):
@@ -261,7 +254,8 @@ class Connection(asyncio.BufferedProtocol):
         if request.length or request.chunked:
             return self._refuse(400)
         self._drop(end)
-        return self._dispatch(request, partial(_await, self._shared.gets[request.target]))
+        self._start(request, partial(_await, self._shared.gets[request.target]))
+        return self._busy()
 
     def _hand_over(self, other: Callable[[], asyncio.Protocol]) -> None:
         """Give the connection, and every byte read from it so far, to a protocol of another kind.
@@ -288,10 +282,13 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- answering ---
 
-    def _dispatch(self, request: Head, call: Callable[[], Awaitable[Answer]]) -> None:
+    def _busy(self) -> None:
+        """The request is there; read no other before it was answered."""
         self._state = _State.BUSY
         self._deadline = math.inf  # how long an answer may take is its handler's to decide
         self._transport.pause_reading()
+
+    def _start(self, request: Head, call: Callable[[], Awaitable[Answer]]) -> None:
         task = self._shared.loop.create_task(self._respond(request, call))
         self._shared.tasks.add(task)
         task.add_done_callback(self._shared.tasks.discard)
@@ -311,9 +308,13 @@ class Connection(asyncio.BufferedProtocol):
             head = http1.format_answer(answer, keep_alive=False)
         finally:
             self._release()
-        if self._state is _State.GONE:
+        if self._state in (_State.GONE, _State.DISCARD):
             return
         body = answer.body if http1.has_body(answer.status, request.method) else b""
+        if self._state is _State.BODY:
+            head = http1.format_answer(answer, keep_alive=False)
+            self._end(lambda: self._write_message(head, body))
+            return
         self._write_message(head, body)
         if not self._writable.is_set():
             timeout = self._shared.limits.transfer_timeout(len(body))
@@ -341,11 +342,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def _refuse(self, status: int, fields: Fields = ()) -> None:
         """Answer with an empty body and close, leaving the peer a moment to read it."""
-        self._release()
-        self._request, self._body, self._filled = None, memoryview(b""), 0
+        head = http1.format_answer(Answer(status=status, fields=fields), keep_alive=False)
+        self._end(lambda: self._write(head))
+
+    def _end(self, write: Callable[[], None]) -> None:
+        """Write the last answer, and drop what still arrives until the peer has read it."""
+        self._body.fail()
+        self._filled = 0
         self._state = _State.DISCARD
         self._deadline = self._shared.loop.time() + _LINGER
-        self._write(http1.format_answer(Answer(status=status, fields=fields), keep_alive=False))
+        write()
         if not self._transport.is_closing():
             self._transport.write_eof()
             self._transport.resume_reading()

@@ -103,13 +103,19 @@ class Exchange(asyncio.BufferedProtocol):
         return self._keep_alive and complete and written and alive
 
     def begin(self, method: bytes, parts: list[Buffer]) -> None:
-        """Write a request. From here on its bytes count as sent."""
+        """Write a request, or its beginning. From here on its bytes count as sent."""
         self._method = method
         self._keep_alive = False
+        if self._lost is None and not self._transport.is_closing():
+            self._transport.pause_reading()  # an answer to half a request waits until the rest was written
         for part in parts:
-            if self._tap is not None:
-                self._tap.sent(self._tapped, part)
-            self._transport.write(part)
+            self.write(part)
+
+    def write(self, part: Buffer) -> None:
+        """Write more of the request that was begun."""
+        if self._tap is not None:
+            self._tap.sent(self._tapped, part)
+        self._transport.write(part)
 
     async def head(self) -> ResponseHead:
         """Wait for the head of the final response, whose ``length`` is then never None."""

@@ -15,8 +15,9 @@ from typing import Final
 
 from cloister.errors import NotFound, TransportError, UsageError
 from cloister.net import http1
+from cloister.net.body import Body
 from cloister.net.exchange import Exchange
-from cloister.net.messages import Answer, Buffer, Fields, Limits, Tap
+from cloister.net.messages import Answer, Buffer, Fields, Limits, Pieces, Tap
 
 __all__ = ["Answer", "Buffer", "Fields", "Limits", "Peer", "Stream", "Tap", "Upstream"]
 
@@ -69,7 +70,7 @@ class Upstream:
         method: bytes,
         target: bytes,
         fields: Fields = (),
-        body: Buffer | Sequence[Buffer] | None = None,
+        body: Buffer | Sequence[Buffer] | Pieces | Body | None = None,
         *,
         timeout: float,  # noqa: ASYNC109  (seconds; a caller must choose)
     ) -> Answer:
@@ -79,7 +80,8 @@ class Upstream:
             method: For example ``b"POST"``.
             target: Origin form.
             fields: Header fields but Content-Length, which follows from ``body``.
-            body: Not copied, so it must not change before the response is there. None sends no body.
+            body: Not copied, so it must not change before the response is there. `Pieces` are sent while they
+                are made, a `Body` while it arrives. None sends no body.
             timeout: Seconds for all of it.
 
         Returns:
@@ -87,10 +89,10 @@ class Upstream:
 
         Raises:
             TransportError: with ``sent``; its code is ``transport.connect``, ``.closed``, ``.timeout``,
-                ``.format`` or ``.too-large``.
+                ``.format`` or ``.too-large``; or the ``body`` did not arrive.
             UsageError: the request can't be written as HTTP/1.1.
         """
-        parts = _message(method, target, fields, body)
+        parts, later = _message(method, target, fields, body)
         progress = _Progress()
         with _deadline(progress):
             async with asyncio.timeout(timeout), self._slots:
@@ -98,6 +100,7 @@ class Upstream:
                 try:
                     progress.sent = True
                     exchange.begin(method, parts)
+                    await _send(exchange, later)
                     answer = await self._receive(exchange)
                 except BaseException:
                     exchange.abort()
@@ -213,7 +216,7 @@ class Stream:
         self.length = -1
         self.status = 0
         self._upstream = upstream
-        self._parts = _message(b"GET", target, fields, None)
+        self._parts, _ = _message(b"GET", target, fields, None)
         self._chunk = chunk
         self._max_length = max_length
         self._timeout = timeout
@@ -318,14 +321,30 @@ def _deadline(progress: _Progress) -> Iterator[None]:
 
 
 def _message(
-    method: bytes, target: bytes, fields: Fields, body: Buffer | Sequence[Buffer] | None
-) -> list[Buffer]:
-    """The request as parts to write: the head, joined with the body where that is short."""
+    method: bytes, target: bytes, fields: Fields, body: Buffer | Sequence[Buffer] | Pieces | Body | None
+) -> tuple[list[Buffer], Pieces | Body | None]:
+    """The request as parts to write, the head joined with a short body; and the body that is yet to come."""
     if body is None:
-        return [http1.format_request(method, target, fields, None)]
+        return [http1.format_request(method, target, fields, None)], None
+    if not isinstance(body, bytes | bytearray | memoryview | Sequence):
+        return [http1.format_request(method, target, fields, len(body))], body
     parts = [body] if isinstance(body, bytes | bytearray | memoryview) else list(body)
     length = sum(len(part) for part in parts)
     head = http1.format_request(method, target, fields, length)
     if length <= _JOIN:
-        return [b"".join([head, *parts])]
-    return [head, *parts]
+        return [b"".join([head, *parts])], None
+    return [head, *parts], None
+
+
+async def _send(exchange: Exchange, body: Pieces | Body | None) -> None:
+    """Write a body as it comes."""
+    if isinstance(body, Body):
+        given = 0
+        while given < len(body):
+            received = await body.more(given)
+            exchange.write(body.view[given:received])
+            given = received
+    elif body is not None:
+        for piece in body.pieces():
+            exchange.write(piece)
+            await asyncio.sleep(0)  # the loop writes between two pieces, not within one

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
+
+
+class Pieces(Protocol):
+    """A body that is made while it is sent. Asked again, it gives the same bytes from the start."""
+
+    def __len__(self) -> int:
+        """Its length in bytes."""
+
+    def pieces(self) -> Iterator[Buffer]:
+        """Its bytes in order."""
+
+
+def pieces_of(body: Buffer | Pieces) -> Iterator[Buffer]:
+    """A body's bytes in order; those of a buffer in one piece."""
+    return iter((body,)) if isinstance(body, bytes | bytearray | memoryview) else body.pieces()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,15 +58,16 @@ class Carrier:
                 outgoing.method,
                 self._plain.prefix + outgoing.target,
                 (self._plain.field, *outgoing.fields),
-                outgoing.body,
+                outgoing.content,
                 timeout=_patience(outgoing),
+                meanwhile=outgoing.meanwhile,
             )
         try:
             with self._http.stream(
                 outgoing.method.decode(),
                 outgoing.target.decode(),
                 headers=[*outgoing.fields],
-                content=bytes(outgoing.body) if outgoing.body else None,
+                content=bytes(outgoing.body) if outgoing.content else None,
             ) as response:
                 body = bytearray()
                 for piece in response.iter_raw():
@@ -119,7 +120,7 @@ class AsyncCarrier:
                 outgoing.method,
                 self._plain.prefix + outgoing.target,
                 (self._plain.field, *outgoing.fields),
-                outgoing.body,
+                outgoing.content,
                 timeout=_patience(outgoing),
             )
         try:
@@ -127,7 +128,7 @@ class AsyncCarrier:
                 outgoing.method.decode(),
                 outgoing.target.decode(),
                 headers=[*outgoing.fields],
-                content=bytes(outgoing.body) if outgoing.body else None,
+                content=bytes(outgoing.body) if outgoing.content else None,
             ) as response:
                 body = bytearray()
                 async for piece in response.aiter_raw():
@@ -190,7 +191,7 @@ def _bad_url(url: str) -> UsageError:
 
 def _patience(outgoing: Outgoing) -> float:
     """Seconds for a request to leave and its answer to come."""
-    return PATIENCE + _LIMITS.transfer_timeout(len(outgoing.body))
+    return PATIENCE + _LIMITS.transfer_timeout(len(outgoing.content))
 
 
 def _answer(response: httpx.Response, body: bytes | bytearray) -> Answer:

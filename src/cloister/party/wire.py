@@ -12,12 +12,13 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Final
 
 from cloister.errors import FormatError, TransportError
 from cloister.net import http1
 from cloister.net.http1 import ResponseHead
-from cloister.net.messages import Answer, Buffer, Fields, Limits
+from cloister.net.messages import Answer, Buffer, Fields, Limits, Pieces, pieces_of
 
 _KEEP: Final = 20.0  # seconds; well below a front's idle timeout, so that it seldom closes first
 _MAX_IDLE: Final = 16
@@ -46,7 +47,14 @@ class Wire:
         self._closed = False
 
     def request(
-        self, method: bytes, target: bytes, fields: Fields, body: Buffer, *, timeout: float
+        self,
+        method: bytes,
+        target: bytes,
+        fields: Fields,
+        body: Buffer | Pieces,
+        *,
+        timeout: float,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Answer:
         """Send one request and wait for the whole answer.
 
@@ -56,6 +64,7 @@ class Wire:
             fields: Header fields but Content-Length, which follows from ``body``.
             body: Not copied.
             timeout: Seconds until the answer begins; its body then has its own, by its length.
+            meanwhile: Is called once, when the request was written and the answer is awaited.
 
         Raises:
             TransportError: with ``sent``; its code is ``transport.connect``, ``.closed``, ``.timeout``,
@@ -64,9 +73,11 @@ class Wire:
         """
         head = http1.format_request(method, target, fields, len(body))
         until = time.monotonic() + timeout
-        connection = self._begin([head, body], until)
+        connection = self._begin(head, body, until)
         keep = False
         try:
+            if meanwhile is not None:
+                meanwhile()
             answer, keep = connection.receive(method, until)
         finally:
             if keep and not self._closed and len(self._idle) < _MAX_IDLE:
@@ -81,7 +92,7 @@ class Wire:
         while self._idle:
             self._idle.pop().close()
 
-    def _begin(self, parts: list[Buffer], until: float) -> _Connection:
+    def _begin(self, head: bytes, body: Buffer | Pieces, until: float) -> _Connection:
         """A connection on which the request was written: an idle one that still stands, or a new one."""
         while True:
             try:
@@ -90,10 +101,10 @@ class Wire:
                 break
             if not connection.stands:
                 connection.close()
-            elif connection.send(parts, until):
+            elif connection.send(head, body, until):
                 return connection
         connection = self._connect()
-        if not connection.send(parts, until):
+        if not connection.send(head, body, until):
             raise TransportError(
                 "the service closed the connection", code="transport.closed", hint=_HINT, sent=False
             )
@@ -141,7 +152,7 @@ class _Connection:
         poll.register(self._stream, select.POLLIN | select.POLLHUP | select.POLLERR)
         return not poll.poll(0)
 
-    def send(self, parts: list[Buffer], until: float) -> bool:
+    def send(self, head: bytes, body: Buffer | Pieces, until: float) -> bool:
         """Write a request; False where the connection was gone before a byte of it was written.
 
         A server may refuse before it has read everything, and then close. So once something was written, a
@@ -149,7 +160,7 @@ class _Connection:
         where an error is raised, the connection is closed.
         """
         try:
-            started = self._write(parts, until)
+            started = self._write(head, body, until)
         except BaseException:
             self.close()
             raise
@@ -157,24 +168,26 @@ class _Connection:
             self.close()
         return started
 
-    def _write(self, parts: list[Buffer], until: float) -> bool:
+    def _write(self, head: bytes, body: Buffer | Pieces, until: float) -> bool:
         """Write as much as the peer takes; whether that was anything."""
-        rest = [memoryview(part) for part in parts if len(part)]
-        self._whole, started = False, False
-        while rest:
-            try:
-                count = self._stream.sendmsg(rest)
-            except TimeoutError:
-                raise _late(sent=started) from None
-            except OSError:
-                return started
-            started = True
-            while rest and count >= len(rest[0]):
-                count -= len(rest.pop(0))
-            if rest:
-                rest[0] = rest[0][count:]
-                if time.monotonic() > until:
-                    raise _late()
+        rest, started = [memoryview(head)], False
+        self._whole = False
+        for piece in pieces_of(body):
+            rest.append(memoryview(piece))
+            while rest:
+                try:
+                    count = self._stream.sendmsg(rest)
+                except TimeoutError:
+                    raise _late(sent=started) from None
+                except OSError:
+                    return started
+                started = True
+                while rest and count >= len(rest[0]):
+                    count -= len(rest.pop(0))
+                if rest:
+                    rest[0] = rest[0][count:]
+                    if time.monotonic() > until:
+                        raise _late()
         self._whole = True
         return True
 

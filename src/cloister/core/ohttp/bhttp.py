@@ -42,6 +42,7 @@ class Request:
         fields: Header fields in order, names in lower case.
         content: The body; after decoding, a view into the message.
         trailers: Trailer fields.
+        more: What the body goes on with, of a request to be encoded: nobody has to join it.
 
     Raises:
         FormatError: a part that HTTP does not allow (code ``bhttp``).
@@ -54,6 +55,7 @@ class Request:
     fields: Fields = dataclasses.field(default=(), repr=False)
     content: Bytes = dataclasses.field(default=b"", repr=False)
     trailers: Fields = dataclasses.field(default=(), repr=False)
+    more: tuple[Bytes, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in ("method", "scheme", "authority", "path"):
@@ -75,12 +77,17 @@ class Request:
             pad: Whether to fill up with zeros to `padded_size`.
             indeterminate: Whether to end sections by terminators instead of prefixing their lengths.
         """
+        return bytearray().join(self.to_parts(pad=pad, indeterminate=indeterminate))
+
+    def to_parts(self, *, pad: bool, indeterminate: bool = False) -> list[memoryview]:
+        """The same in parts, to be sealed one after the other; none of the body is copied."""
         control = (self.method, self.scheme, self.authority, self.path)
         head = bytearray([_INDETERMINATE_REQUEST if indeterminate else _KNOWN_REQUEST])
         for part in control:
             head += encode_varint(len(part)) + part
         head += field_lines.encode_section(self.fields, indeterminate=indeterminate)
-        return _assemble(head, self.content, self.trailers, pad=pad, indeterminate=indeterminate)
+        body = (self.content, *self.more)
+        return _parts(head, body, self.trailers, pad=pad, indeterminate=indeterminate)
 
     @classmethod
     def from_bytes(cls, data: Bytes, *, max_content: int = MAX_CONTENT) -> Request:
@@ -121,6 +128,7 @@ class Response:
         content: The body; after decoding, a view into the message.
         trailers: Trailer fields.
         informational: Pairs of status (100..199) and fields.
+        more: What the body goes on with, of a response to be encoded: nobody has to join it.
 
     Raises:
         FormatError: a part that HTTP does not allow (code ``bhttp``).
@@ -131,6 +139,7 @@ class Response:
     content: Bytes = dataclasses.field(default=b"", repr=False)
     trailers: Fields = dataclasses.field(default=(), repr=False)
     informational: Informational = dataclasses.field(default=(), repr=False)
+    more: tuple[Bytes, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         _require_status(self.status, 200, 599)
@@ -151,10 +160,15 @@ class Response:
 
     def to_bytes(self, *, pad: bool, indeterminate: bool = False) -> bytearray:
         """Encode the response; the arguments are those of `Request.to_bytes`."""
+        return bytearray().join(self.to_parts(pad=pad, indeterminate=indeterminate))
+
+    def to_parts(self, *, pad: bool, indeterminate: bool = False) -> list[memoryview]:
+        """The same in parts, to be sealed one after the other; none of the body is copied."""
         head = bytearray([_INDETERMINATE_RESPONSE if indeterminate else _KNOWN_RESPONSE])
         for status, lines in (*self.informational, (self.status, self.fields)):
             head += encode_varint(status) + field_lines.encode_section(lines, indeterminate=indeterminate)
-        return _assemble(head, self.content, self.trailers, pad=pad, indeterminate=indeterminate)
+        body = (self.content, *self.more)
+        return _parts(head, body, self.trailers, pad=pad, indeterminate=indeterminate)
 
     @classmethod
     def from_bytes(cls, data: Bytes, *, max_content: int = MAX_CONTENT) -> Response:
@@ -204,22 +218,19 @@ def padded_size(size: int) -> int:
     return (size + mask) & ~mask
 
 
-def _assemble(
-    head: bytearray, content: Bytes, trailers: Fields, *, pad: bool, indeterminate: bool
-) -> bytearray:
-    """Join the parts in one array; what is left of it stays zero and is the padding."""
-    body = octets(content)
-    if body.nbytes or not indeterminate:
-        head += encode_varint(body.nbytes)
+def _parts(
+    head: bytearray, content: tuple[Bytes, ...], trailers: Fields, *, pad: bool, indeterminate: bool
+) -> list[memoryview]:
+    """Head, body, end and padding; the body's parts are those that were given."""
+    body = [view for view in map(octets, content) if view.nbytes]
+    length = sum(view.nbytes for view in body)
+    if length or not indeterminate:
+        head += encode_varint(length)
     tail = b"\x00" if indeterminate else b""  # ends the one chunk, or says that there is none
     tail += field_lines.encode_section(trailers, indeterminate=indeterminate)
-    start, end = len(head), len(head) + body.nbytes
-    size = end + len(tail)
-    message = bytearray(padded_size(size) if pad else size)
-    message[:start] = head
-    message[start:end] = body
-    message[end:size] = tail
-    return message
+    size = len(head) + length + len(tail)
+    tail += bytes(padded_size(size) - size if pad else 0)
+    return [memoryview(head), *body, memoryview(tail)]
 
 
 def _read_end(reader: Reader, *, indeterminate: bool, max_content: int) -> tuple[memoryview, Fields]:

@@ -2,15 +2,20 @@
 
 A request is ``header || enc || ciphertext``; the header (key id and suite) and a label are HPKE's ``info``.
 The response is ``nonce || ciphertext`` under a key that both sides export from the request's context.
-Bodies are encrypted and decrypted straight into the message that leaves or the array that is handed on.
+Bodies are encrypted and decrypted straight into the message that leaves or the array that is handed on, piece
+by piece where that helps: the first pieces of a request travel while the last are encrypted, and are opened
+while the last travel. What was opened counts for nothing before the end verified.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import AEADDecryptionContext, AEADEncryptionContext
 
 from cloister.core.ohttp import hpke
 from cloister.core.ohttp.hpke import WIRE_SUITES, PrivateKey, ReceiverContext, SenderContext, Suite
@@ -22,6 +27,8 @@ MEDIA_TYPE_REQUEST: Final = "message/ohttp-req"
 MEDIA_TYPE_RESPONSE: Final = "message/ohttp-res"
 
 HEADER_SIZE: Final = 7  # bytes: key id, KEM, KDF, AEAD
+MAX_HEAD: Final = HEADER_SIZE + max(suite.n_enc for suite in WIRE_SUITES)  # bytes before the ciphertext
+PIECE: Final = 64 << 10  # bytes that are encrypted at a time; they are sent while a cache still holds them
 
 _REQUEST_LABEL: Final = b"message/bhttp request"
 _RESPONSE_LABEL: Final = b"message/bhttp response"
@@ -50,16 +57,20 @@ class Encapsulation:
         Raises:
             UsageError: called before (code ``ohttp.used``), or more than `hpke.MAX_MESSAGE` bytes.
         """
+        return self.seal_parts((plaintext,)).whole()
+
+    def seal_parts(self, parts: Sequence[Bytes]) -> SealedRequest:
+        """`seal` around what the parts make together; they must not change before the whole is encrypted.
+
+        Raises:
+            UsageError: as `seal`.
+        """
         if self._sealed:
             raise UsageError("an encapsulation seals one request", code="ohttp.used")
-        hpke.require_sealable(plaintext)
+        plaintext = [view for view in map(octets, parts) if view.nbytes]
+        hpke.require_size(sum(view.nbytes for view in plaintext))
         self._sealed = True
-        start = HEADER_SIZE + len(self.enc)
-        message = bytearray(start + octets(plaintext).nbytes + hpke.N_TAG)
-        message[:HEADER_SIZE] = self._header
-        message[HEADER_SIZE:start] = self.enc
-        self._context.seal_into(plaintext, b"", memoryview(message)[start:])
-        return message
+        return SealedRequest(self._header + self.enc, plaintext, self._context.seal_piecewise())
 
     def open(self, response: Bytes) -> memoryview:
         """The plaintext of the encapsulated response, in a new array that the caller may overwrite after use.
@@ -88,6 +99,52 @@ class Encapsulation:
         return f"<Encapsulation, key {self.key_id}, {self.suite}>"
 
 
+class SealedRequest:
+    """An encapsulated request that is encrypted while it is sent; `len` gives its size in bytes."""
+
+    __slots__ = ("_encryptor", "_made", "_message", "_parts")
+
+    def __init__(self, head: bytes, parts: list[memoryview], encryptor: AEADEncryptionContext) -> None:
+        self._message = bytearray(len(head) + sum(part.nbytes for part in parts) + hpke.N_TAG)
+        self._message[: len(head)] = head
+        self._made = len(head)
+        self._parts = parts[::-1]
+        self._encryptor = encryptor
+
+    def __len__(self) -> int:
+        return len(self._message)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The message from its start, piece by piece; asked for again, it gives what is there as it is."""
+        view, given = memoryview(self._message).toreadonly(), 0
+        while given < len(view):
+            if self._made - given < PIECE:
+                self._advance()
+            start, given = given, self._made
+            yield view[start:given]
+
+    def whole(self) -> bytearray:
+        """The message, encrypted to its end."""
+        while self._made < len(self._message):
+            self._advance()
+        return self._message
+
+    def _advance(self) -> None:
+        """Encrypt the next piece, and with the last part the tag."""
+        room, view = PIECE, memoryview(self._message)
+        while self._parts and room:
+            part = self._parts.pop()
+            if part.nbytes > room:
+                self._parts.append(part[room:])
+                part = part[:room]
+            self._made += self._encryptor.update_into(part, view[self._made :])
+            room -= part.nbytes
+        if not self._parts and self._made < len(view):
+            self._encryptor.finalize()
+            view[self._made :] = self._encryptor.tag
+            self._made = len(view)
+
+
 class Decapsulation:
     """The server's end of one exchange: seals the one response."""
 
@@ -112,7 +169,7 @@ class Decapsulation:
         """
         if self._sealed:
             raise UsageError("a request has one response", code="ohttp.used")
-        hpke.require_sealable(plaintext)
+        hpke.require_size(octets(plaintext).nbytes)
         self._sealed = True
         response_nonce = _response_nonce(self.suite)
         cipher, nonce = _response_key(self.suite, self._context, self.enc, response_nonce)
@@ -124,6 +181,49 @@ class Decapsulation:
 
     def __repr__(self) -> str:
         return f"<Decapsulation, key {self.key_id}, {self.suite}>"
+
+
+class OpeningRequest:
+    """An encapsulated request that is decrypted while it arrives; none of it is given out before `finish`."""
+
+    __slots__ = ("_ciphertext", "_decryptor", "_done", "_exchange", "_plaintext", "_start")
+
+    def __init__(
+        self, exchange: Decapsulation, ciphertext: memoryview, decryptor: AEADDecryptionContext
+    ) -> None:
+        self._exchange = exchange
+        self._ciphertext = ciphertext
+        self._decryptor = decryptor
+        self._plaintext = bytearray(ciphertext.nbytes - hpke.N_TAG)
+        self._start = HEADER_SIZE + len(exchange.enc)
+        self._done = 0
+
+    def advance(self, received: int) -> None:
+        """Decrypt what is there, when ``received`` bytes of the whole message are."""
+        end = min(received - self._start, len(self._plaintext))
+        if end > self._done:
+            piece, out = self._ciphertext[self._done : end], memoryview(self._plaintext)[self._done :]
+            self._done += self._decryptor.update_into(piece, out)
+
+    def finish(self) -> tuple[Decapsulation, memoryview]:
+        """The exchange and the plaintext, once the whole message was given to `advance`.
+
+        Raises:
+            Tampered: sealed to another key, or altered (code ``ohttp.open``).
+        """
+        try:
+            self._decryptor.finalize_with_tag(bytes(self._ciphertext[len(self._plaintext) :]))
+        except InvalidTag:
+            self._plaintext[:] = bytes(len(self._plaintext))
+            raise Tampered(
+                "the encapsulated request does not open",
+                code="ohttp.open",
+                claim="AEAD tag",
+                expected="valid",
+                actual="invalid",
+                hint="It was altered, or sealed to a key of another epoch",
+            ) from None
+        return self._exchange, memoryview(self._plaintext)
 
 
 class Gateway:
@@ -166,6 +266,18 @@ class Gateway:
             Refused: ``enc`` is a point of low order (code ``hpke.kem``).
             Tampered: sealed to another key, or altered (code ``ohttp.open``).
         """
+        opening = self.begin(message)
+        opening.advance(octets(message).nbytes)
+        return opening.finish()
+
+    def begin(self, message: Bytes) -> OpeningRequest:
+        """Begin to open a request that is still arriving in ``message``, which has its full length.
+
+        The first `MAX_HEAD` bytes must be there, or all of a shorter message.
+
+        Raises:
+            FormatError, BindingRefused, Refused: as `open`.
+        """
         reader = Reader(message, code="ohttp.request")
         header = bytes(reader.take(HEADER_SIZE, "header"))
         key_id, key, suite = self._lookup(header)
@@ -175,18 +287,9 @@ class Gateway:
                 "ciphertext", expected=f"at least {hpke.N_TAG} B", actual=f"{reader.remaining} B"
             )
         context = hpke.setup_receiver(suite, key, enc, _info(header))
-        try:
-            plaintext = context.open_new(reader.rest(), b"")
-        except Tampered as error:
-            raise Tampered(
-                "the encapsulated request does not open",
-                code="ohttp.open",
-                claim=error.claim,
-                expected=error.expected,
-                actual=error.actual,
-                hint="It was altered, or sealed to a key of another epoch",
-            ) from None
-        return Decapsulation(key_id, suite, enc, context), memoryview(plaintext)
+        return OpeningRequest(
+            Decapsulation(key_id, suite, enc, context), reader.rest(), context.open_piecewise()
+        )
 
     def _lookup(self, header: bytes) -> tuple[int, PrivateKey, Suite]:
         key_id = header[0]

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import ciphers
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from cloister.core.ohttp import kem
 from cloister.core.ohttp.kdf import HKDF_SHA256, KDFS, Kdf
@@ -121,26 +125,30 @@ X25519_HKDF_SHA256_AES256GCM: Final = Suite(
 WIRE_SUITES: Final = (XWING_HKDF_SHA256_AES256GCM, X25519_HKDF_SHA256_AES256GCM)  # preferred first
 
 
+@lru_cache(maxsize=64)
+def _schedule(suite: Suite, info: bytes) -> bytes:
+    """What `KeySchedule` makes of public values alone, for mode_base: psk and psk_id are empty."""
+    kdf, suite_id = suite.kdf, b"HPKE" + suite.to_bytes()
+    psk_id_hash = kdf.labeled_extract(suite_id, b"", b"psk_id_hash", b"")
+    return _MODE_BASE + psk_id_hash + kdf.labeled_extract(suite_id, b"", b"info_hash", info)
+
+
 class _Context:
     """What sender and receiver share: the key schedule's output and a counter (RFC 9180, section 5.2)."""
 
-    __slots__ = ("_base_nonce", "_cipher", "_exporter_secret", "_sequence", "_suite", "_suite_id")
+    __slots__ = ("_base_nonce", "_exporter_secret", "_key", "_sequence", "_suite", "_suite_id")
 
     def __init__(self, suite: Suite, shared_secret: bytes, info: bytes) -> None:
-        kdf, suite_id = suite.kdf, b"HPKE" + suite.to_bytes()
-        # `KeySchedule` of RFC 9180, section 5.1, for mode_base: psk and psk_id are empty.
-        psk_id_hash = kdf.labeled_extract(suite_id, b"", b"psk_id_hash", b"")
-        info_hash = kdf.labeled_extract(suite_id, b"", b"info_hash", info)
-        schedule = _MODE_BASE + psk_id_hash + info_hash
+        kdf, suite_id, schedule = suite.kdf, b"HPKE" + suite.to_bytes(), _schedule(suite, info)
         secret = kdf.labeled_extract(suite_id, shared_secret, b"secret", b"")
         self._suite: Final = suite
         self._suite_id: Final = suite_id
         self._exporter_secret: Final = kdf.labeled_expand(suite_id, secret, b"exp", schedule, kdf.n_h)
         self._sequence = 0
-        self._cipher: Cipher | None = None
+        self._key = b""
         self._base_nonce = 0
         if suite.aead_id != EXPORT_ONLY:
-            self._cipher = suite.cipher(kdf.labeled_expand(suite_id, secret, b"key", schedule, suite.n_key))
+            self._key = kdf.labeled_expand(suite_id, secret, b"key", schedule, suite.n_key)
             nonce = kdf.labeled_expand(suite_id, secret, b"base_nonce", schedule, N_NONCE)
             self._base_nonce = int.from_bytes(nonce, "big")
 
@@ -163,7 +171,23 @@ class _Context:
 
     def _next(self) -> tuple[Cipher, bytes]:
         """The cipher and the nonce of the next message."""
-        if self._cipher is None:
+        key, nonce = self._next_key()
+        return self._suite.cipher(key), nonce
+
+    def _next_gcm(self) -> tuple[bytes, bytes]:
+        """The key and the nonce of the next message, of a suite with AES-GCM."""
+        if self._suite.aead_id not in (AES_128_GCM, AES_256_GCM):
+            raise UsageError(
+                "only AES-GCM seals and opens piece by piece",
+                code="hpke.suite",
+                claim="AEAD",
+                expected="AES-GCM",
+                actual=f"{self._suite.aead_id:#06x}",
+            )
+        return self._next_key()
+
+    def _next_key(self) -> tuple[bytes, bytes]:
+        if not self._key:
             raise UsageError("an export-only suite seals and opens nothing", code="hpke.export-only")
         if self._sequence >= _SEQUENCE_LIMIT:
             raise Refused(
@@ -173,7 +197,7 @@ class _Context:
                 expected="below 2**96 - 1",
                 actual=self._sequence,
             )
-        return self._cipher, (self._base_nonce ^ self._sequence).to_bytes(N_NONCE, "big")
+        return self._key, (self._base_nonce ^ self._sequence).to_bytes(N_NONCE, "big")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}, {self._suite}>"
@@ -191,17 +215,28 @@ class SenderContext(_Context):
             UsageError: an export-only suite (code ``hpke.export-only``), or more than `MAX_MESSAGE` bytes.
             Refused: the context is used up (code ``hpke.message-limit``).
         """
-        require_sealable(plaintext)
+        require_size(octets(plaintext).nbytes)
         out = bytearray(octets(plaintext).nbytes + N_TAG)
         self.seal_into(plaintext, aad, out)
         return bytes(out)
 
     def seal_into(self, plaintext: Bytes, aad: Bytes, out: bytearray | memoryview) -> None:
         """`seal` into ``out``, which is 16 bytes longer than ``plaintext`` and does not overlap it."""
-        require_sealable(plaintext)
+        require_size(octets(plaintext).nbytes)
         cipher, nonce = self._next()
         cipher.encrypt_into(nonce, plaintext, aad, out)
         self._sequence += 1
+
+    def seal_piecewise(self) -> ciphers.AEADEncryptionContext:
+        """Begin the next message, to be encrypted piece by piece: the tag comes at its end, no AAD.
+
+        Raises:
+            UsageError: a suite whose AEAD isn't AES-GCM (code ``hpke.suite``).
+            Refused: the context is used up (code ``hpke.message-limit``).
+        """
+        key, nonce = self._next_gcm()
+        self._sequence += 1
+        return ciphers.Cipher(AES(key), GCM(nonce)).encryptor()
 
 
 class ReceiverContext(_Context):
@@ -229,14 +264,24 @@ class ReceiverContext(_Context):
         self._sequence += 1
         return out
 
+    def open_piecewise(self) -> ciphers.AEADDecryptionContext:
+        """Begin the next message, to be decrypted piece by piece: nothing of it counts before its tag does.
 
-def require_sealable(plaintext: Bytes) -> None:
+        Raises:
+            UsageError: a suite whose AEAD isn't AES-GCM (code ``hpke.suite``).
+            Refused: the context is used up (code ``hpke.message-limit``).
+        """
+        key, nonce = self._next_gcm()
+        self._sequence += 1
+        return ciphers.Cipher(AES(key), GCM(nonce)).decryptor()
+
+
+def require_size(length: int) -> None:
     """Refuse a plaintext that is too long to be sealed as a whole, before anything is allocated.
 
     Raises:
         UsageError: more than `MAX_MESSAGE` bytes (code ``hpke.length``).
     """
-    length = octets(plaintext).nbytes
     if length > MAX_MESSAGE:
         raise UsageError(
             "plaintext is too long",

@@ -10,6 +10,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final, NoReturn
 
@@ -150,14 +151,7 @@ def encapsulate(kem_id: int, public_key: Bytes) -> tuple[bytes, bytes]:
     dh = _exchange(ephemeral, public)
     if kem_id == X25519_HKDF_SHA256:
         return _dhkem_secret(dh, enc=point, public=public), point
-    try:
-        mlkem_secret, mlkem_ciphertext = MLKEM768PublicKey.from_public_bytes(
-            raw[:_MLKEM_PUBLIC]
-        ).encapsulate()
-    except ValueError as error:
-        raise FormatError(
-            "not an ML-KEM-768 public key", code="hpke.public-key", claim="public key"
-        ) from error
+    mlkem_secret, mlkem_ciphertext = _mlkem_public(raw[:_MLKEM_PUBLIC]).encapsulate()
     return _xwing_secret(mlkem_secret, dh, point=point, public=public), mlkem_ciphertext + point
 
 
@@ -174,6 +168,17 @@ def require_kem(kem_id: int) -> Kem:
             "unknown KEM", code="hpke.suite", claim="KEM", expected=known, actual=f"{kem_id:#06x}"
         )
     return kem
+
+
+@lru_cache(maxsize=64)
+def _mlkem_public(raw: bytes) -> MLKEM768PublicKey:
+    """Parsing expands the matrix, which takes as long as an encapsulation; a pool's key serves many."""
+    try:
+        return MLKEM768PublicKey.from_public_bytes(raw)
+    except ValueError as error:
+        raise FormatError(
+            "not an ML-KEM-768 public key", code="hpke.public-key", claim="public key"
+        ) from error
 
 
 def _ephemeral() -> X25519PrivateKey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -176,13 +177,15 @@ def finish_exchange(
     pool: bytes,
     inner: bhttp.Request,
     hints: tuple[tuple[bytes, bytes], ...] = (),
+    meanwhile: Callable[[], None] | None = None,
 ) -> Flow[bhttp.Response]:
     """The same, where the encapsulated key had to be known before the content was."""
     answer = yield Outgoing(
         method=b"POST",
         target=b"/ohttp",
         fields=((b"content-type", _REQUEST_TYPE), (outer.POOL, pool), *hints),
-        body=sealer.seal(inner.to_bytes(pad=True)),
+        content=sealer.seal_parts(inner.to_parts(pad=True)),
+        meanwhile=meanwhile,
     )
     if answer.status != 200:
         raise _outer_error(answer)

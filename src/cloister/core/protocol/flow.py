@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from cloister.core.ohttp.encapsulation import SealedRequest
 from cloister.errors import TransportError
 
 T = TypeVar("T")
@@ -16,12 +17,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outgoing:
-    """One outer HTTP request."""
+    """One outer HTTP request.
+
+    Attributes:
+        method: For example ``b"POST"``.
+        target: Origin form.
+        fields: Header fields.
+        content: The body; that of an encapsulated request is encrypted while it is sent.
+        meanwhile: Work for the time between the request and its answer; whoever can't do it then leaves it.
+    """
 
     method: bytes
     target: bytes
     fields: tuple[tuple[bytes, bytes], ...] = ()
-    body: bytes | bytearray = field(default=b"", repr=False)
+    content: bytes | bytearray | SealedRequest = field(default=b"", repr=False)
+    meanwhile: Callable[[], None] | None = None
+
+    @property
+    def body(self) -> bytes | bytearray:
+        """The whole body."""
+        return self.content.whole() if isinstance(self.content, SealedRequest) else self.content
 
 
 @dataclass(frozen=True, slots=True)

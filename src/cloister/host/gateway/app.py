@@ -22,6 +22,7 @@ from cloister.host.gateway.registry import Registry, Worker
 from cloister.host.problems import problem_response, status_of
 from cloister.host.store.app import blob_routes
 from cloister.host.store.blobs import BlobStore
+from cloister.net.body import Body
 from cloister.net.front import Head, Limits
 
 _MAX_ADMIN_BODY: Final = 4096  # bytes
@@ -71,7 +72,7 @@ def public_app(
             body = await read_body(request, limits.max_body)
             fields = {name.lower(): value for name, value in request.headers.raw}
             head = Head(method=b"POST", target=b"/ohttp", fields=fields, length=length)
-            answer = await forwarder.handle(head, memoryview(body))
+            answer = await forwarder.handle(head, Body.of(body))
         finally:
             held -= length
         headers = {name.decode(): value.decode("latin-1") for name, value in answer.fields}

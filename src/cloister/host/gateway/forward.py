@@ -16,12 +16,14 @@ from cloister.errors import CloisterError, FormatError, TransportError
 from cloister.host.gateway.metrics import Metrics
 from cloister.host.gateway.registry import Registry, Worker
 from cloister.host.problems import problem, status_of
+from cloister.net.body import Body
 from cloister.net.front import Answer, Head, Limits, Tap
 from cloister.net.link import Peer, Upstream
 
 REQUEST_TYPE: Final = b"message/ohttp-req"
 _PASSED_BACK: Final = frozenset({b"retry-after", b"cache-control"})
 _TARGET: Final = b"/ohttp"
+_EARLY: Final = 32 << 10  # bytes of a body after which it is passed on while it arrives
 _STATUS: Final = {"transport.timeout": 504, "gateway.content-type": 415}
 
 
@@ -55,12 +57,12 @@ class Forwarder:
         self._tap = tap
         self._links: dict[Path, Upstream] = {}
 
-    async def handle(self, head: Head, body: memoryview, *, sender: bytes = b"") -> Answer:
+    async def handle(self, head: Head, body: Body, *, sender: bytes = b"") -> Answer:
         """Answer one request; every error becomes a problem.
 
         Args:
             head: Its head.
-            body: Its body, passed on as it is.
+            body: Its body, passed on as it comes.
             sender: Whose socket it came through; empty for the public. What a peer says of that is dropped.
         """
         start = time.monotonic()
@@ -107,8 +109,9 @@ class Forwarder:
             self._links[worker.socket] = found
         return found
 
-    async def _forward(self, pool: str, head: Head, body: memoryview, sender: bytes) -> Answer:
+    async def _forward(self, pool: str, head: Head, body: Body, sender: bytes) -> Answer:
         """Try workers until one has taken the request."""
+        await body.more(min(len(body), _EARLY) - 1)  # who sends nothing occupies no worker
         fields = [(b"content-type", REQUEST_TYPE), (outer.POOL, pool.encode())]
         fields += [(name, head.fields[name]) for name in (outer.MODEL, outer.DEADLINE) if name in head.fields]
         if sender:

@@ -1,0 +1,77 @@
+"""A request's body while it arrives: in one buffer of its full length, which fills from the front."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cloister.errors import TransportError
+from cloister.net.messages import Buffer
+
+
+class Body:
+    """What a connection receives for its handler, which may look at the front before the end is there.
+
+    One task waits at a time. `len` gives the declared length in bytes; `view` has that length at once, and
+    only its first `received` bytes mean anything.
+    """
+
+    __slots__ = ("_failure", "_waiter", "received", "view")
+
+    def __init__(self, length: int) -> None:
+        self.view = memoryview(bytearray(length))  # zero pages: the system finds memory for what is received
+        self.received = 0
+        self._failure: TransportError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @classmethod
+    def of(cls, content: Buffer) -> Body:
+        """A body that is there as a whole; ``content`` is not copied."""
+        body = cls(0)
+        body.view = memoryview(content).cast("B")
+        body.received = len(body.view)
+        return body
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is there."""
+        return self.received == len(self.view)
+
+    async def more(self, than: int) -> int:
+        """Wait until more than ``than`` bytes are there, or all; gives how many.
+
+        Raises:
+            TransportError: the rest will not come.
+        """
+        while self.received <= than and not self.complete:
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self.received
+
+    async def whole(self) -> memoryview:
+        """Wait for all of it; raises TransportError."""
+        await self.more(len(self.view))
+        return self.view
+
+    # --- what its connection calls ---
+
+    def advance(self, count: int) -> None:
+        """Count bytes that were received into `view`."""
+        self.received += count
+        self._wake()
+
+    def fail(self) -> None:
+        """Say that the rest will not come."""
+        self._failure = TransportError("the peer did not send all of its request", code="transport.closed")
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
