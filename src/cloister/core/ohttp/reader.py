@@ -54,13 +54,14 @@ class Reader:
         Raises:
             FormatError: longer than ``limit``, or than what is left.
         """
+        start = self.offset
+        end = start + length
         if limit is not None and length > limit:
             raise self.refusal(claim, expected=f"at most {limit} B", actual=f"{length} B")
-        if length > self.remaining:
+        if end > self._end:
             raise self.refusal(claim, expected=f"{length} B", actual=f"{self.remaining} B")
-        start = self.offset
-        self.offset = start + length
-        return self._view[start : self.offset]
+        self.offset = end
+        return self._view[start:end]
 
     def rest(self) -> memoryview:
         """All that is left."""
@@ -75,6 +76,9 @@ class Reader:
         if self.offset >= self._end:
             raise self.refusal(claim, expected="a variable-length integer", actual="the end")
         first = self._view[self.offset]
+        if first < 1 << 6:  # most are short, and each request has dozens
+            self.offset += 1
+            return first
         length = 1 << (first >> 6)
         value = self.integer(length, claim)
         return value & ((1 << (8 * length - 2)) - 1)
