@@ -15,6 +15,7 @@ from cloister.cli import (
     measure,
     owner,
     pool,
+    proxy,
     roles,
     up,
     user,
@@ -52,6 +53,7 @@ app.command("measure")(measure.measure)
 app.command("verify")(verify.verify)
 app.command("describe")(describe.describe)
 app.command("infer")(infer.infer)
+app.command("proxy")(proxy.proxy)
 app.add_typer(owner.app, name="owner")
 app.add_typer(user.app, name="user")
 app.add_typer(pool.app, name="pool")

@@ -114,7 +114,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     shared = Shared(handler=handler, gets=gets, other=other, limits=limits or Limits(), tap=tap, loop=loop)
     try:
-        listener = _unix_socket(unix) if unix is not None else None
+        listener = unix_socket(unix) if unix is not None else None
         if listener is not None:
             server = await loop.create_unix_server(
                 lambda: Connection(shared), sock=listener, backlog=_BACKLOG
@@ -128,7 +128,7 @@ async def serve(
     return FrontServer(server, shared, port=picked, unix=unix)
 
 
-def _unix_socket(path: Path) -> socket.socket:
+def unix_socket(path: Path) -> socket.socket:
     """A bound socket that only its owner can connect to, from its first moment on."""
     raw = os.fsencode(path)
     if len(raw) > MAX_UNIX_PATH:
