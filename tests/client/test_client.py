@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from cloister.client.client import AsyncClient, Client, parse_stages
+from cloister.client.client import AsyncClient, Client, parse_batch, parse_stages
 from cloister.client.transport import AsyncCloisterTransport, CloisterTransport
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.errors import (
@@ -257,6 +257,24 @@ def test_fields_of_the_outer_hop_stay_outside(theatre):
 )
 def test_stages(field, wanted):
     assert parse_stages(field) == wanted
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        (None, 0),
+        (b"", 0),
+        (b"run;dur=1.5, batch;desc=4", 4),
+        (b"batch;desc=12,run;dur=1", 12),
+        (b"batch;desc=-1", 0),
+        (b"batch;desc=", 0),
+        (b"batch;desc=1000000", 0),
+        ("batch;desc=\u0664".encode(), 0),
+        (b"batches;desc=4", 0),
+    ],
+)
+def test_requests_that_ran_together(field, wanted):
+    assert parse_batch(field) == wanted
 
 
 def test_errors_are_ours():

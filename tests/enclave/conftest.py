@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from cloister.core.protocol.statement import SealedModel, Statement, model_id
+from cloister.core.protocol.statement import SealedModel, ServingOptions, Statement, model_id
 from cloister.core.sealing import Section, seal
 from cloister.core.secret import Secret
 from cloister.enclave.worker.membership import LiveModel
@@ -61,6 +61,7 @@ def seal_model(
     key: Secret = KEY,
     label: str | None = None,
     grants: dict[bytes, int] | None = None,
+    serving: ServingOptions | None = None,
     **options: Any,
 ) -> Sealed:
     """Seal a model; ``label`` is the id in its header where that shall be another than in the statement."""
@@ -76,7 +77,9 @@ def seal_model(
     )
     blob = b"".join(bytes(piece) for piece in made)
     sealed = SealedModel(header=made.header.digest, blob=hashlib.sha256(blob).digest(), size=len(blob))
-    said: Statement = statement(SERVICE, name=name, sealed_model=sealed, grants=grants or {})
+    said: Statement = statement(
+        SERVICE, name=name, sealed_model=sealed, grants=grants or {}, options=serving or ServingOptions()
+    )
     return Sealed(blob=blob, sealed=sealed, live=LiveModel(statement=said, digest=said.digest, key=KEY))
 
 

@@ -582,11 +582,20 @@ async def test_an_unknown_pool():
     await refused_statement(realm, NotFound, "not-found.pool", statement(realm.id), pool=b"n" * 32)
 
 
-@pytest.mark.parametrize("options", [{"isolation": "strict"}, {"batching": "cross-user"}])
-async def test_options_that_are_not_served_yet(options):
+@pytest.mark.parametrize("batching", ["same-user", "cross-user"])
+async def test_options_that_contradict_each_other(batching):
     realm = await started()
-    said = statement(realm.id, options=ServingOptions(**options))
+    said = statement(realm.id, options=ServingOptions(isolation="strict", batching=batching))
     await refused_statement(realm, InvalidRequest, "request.options", said)
+
+
+@pytest.mark.parametrize("options", [{"isolation": "strict"}, {"batching": "cross-user"}])
+async def test_options_are_published(options):
+    realm = await started()
+    await realm.create_pool(owner=realm.owner.thumbprint)
+    said = await realm.publish(statement(realm.id, options=ServingOptions(**options)))
+    (entry,) = realm.document().document.pools
+    assert [model.options for model in entry.models] == [said.options]
 
 
 async def test_model_keys():

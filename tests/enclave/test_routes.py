@@ -9,20 +9,22 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cloister.client.client import parse_stages
 from cloister.core import oip
 from cloister.core.ohttp import bhttp
 from cloister.core.protocol.authorization import FIELD, RequestAuthorization, RequestContext
+from cloister.core.protocol.statement import ServingOptions
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.server import InnerRequest
 from cloister.enclave.worker.membership import LiveKey, LiveModel
 from cloister.enclave.worker.models import LoadedModel, ModelCache
 from cloister.enclave.worker.routes import MAX_WAITING, WorkerRoutes
+from cloister.enclave.worker.scheduler import Scheduler
 from cloister.errors import (
     AccessRefused,
     BindingRefused,
@@ -41,6 +43,7 @@ from support.realm import DAY, NOW, Clock, kem_key, owner_key
 pytestmark = pytest.mark.asyncio
 POOL = b"P" * 32
 USER, STRANGER = owner_key("user"), owner_key("stranger")
+USERS = [owner_key(f"user-{number}") for number in range(8)]
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
 
@@ -70,7 +73,7 @@ class Bench:
         self.model = model
         self.clock = Clock()
         self.membership = Membership(model)
-        self.executor = ThreadPoolExecutor(threads)
+        self.scheduler = Scheduler(threads=threads, queue=queue)
         self.refreshed = 0
         self.on_refresh = lambda: None
         self.cache = ModelCache(hosting(model), budget=1 << 20)  # type: ignore[arg-type]
@@ -78,8 +81,7 @@ class Bench:
             self.membership,  # type: ignore[arg-type]
             self.cache,
             HintedClock(self.clock),
-            self.executor,
-            queue=queue,
+            self.scheduler,
             refresh=self.refresh,
         )
 
@@ -157,14 +159,16 @@ class Bench:
 def bench_of() -> Iterator[Any]:
     made: list[Bench] = []
 
-    def make(**options: Any) -> Bench:
-        model = seal_model(grants={USER.thumbprint: NOW + DAY, b"late".ljust(32): NOW})
+    def make(serving: ServingOptions | None = None, **options: Any) -> Bench:
+        users = (USER, *USERS)
+        grants = {user.thumbprint: NOW + DAY for user in users} | {b"late".ljust(32): NOW}
+        model = seal_model(grants=grants, serving=serving)
         made.append(Bench(model, **options))
         return made[-1]
 
     yield make
     for bench in made:
-        bench.executor.shutdown()
+        bench.scheduler.close()
 
 
 @pytest.fixture
@@ -197,6 +201,8 @@ async def test_an_answer_in_both_forms(bench):
     assert [each["name"] for each in answer["outputs"]] == ["y", "copy"]
     assert answer["outputs"][0]["data"] == [2, 4, 6, 8]
     assert "open;dur=0.000, build;dur=0.000" in response.field(b"server-timing").decode()
+    assert stages.endswith(", batch;desc=1")
+    assert "batch" not in parse_stages(stages.encode())
     assert bench.membership.spent == 2
     assert bench.refreshed == 0
 
@@ -398,8 +404,10 @@ async def test_the_queue_is_bounded(bench_of, monkeypatch):
     monkeypatch.setattr(LoadedModel, "run", slow)
     tasks = [asyncio.ensure_future(bench.ask()) for _ in range(2)]
     await asyncio.sleep(0.05)
+    spent = bench.membership.spent
     error = await bench.refused(Overloaded, "overloaded")
     assert error.retryable
+    assert bench.membership.spent == spent  # what is refused for load costs nothing of the lease
     gate.set()
     assert [response.status for response in await asyncio.gather(*tasks)] == [200, 200]
     assert (await bench.ask()).status == 200
@@ -499,7 +507,7 @@ async def test_strangers_who_wait_for_a_renewal_leave_the_queue_alone(bench):
     codes = [error.code for error in await asyncio.gather(*asked, return_exceptions=True)]
     assert codes.count("overloaded") == 20
     assert codes.count("not-found.model") == MAX_WAITING
-    assert bench.routes._waiting == bench.routes._inside == 0
+    assert bench.routes._waiting == bench.scheduler.inside == 0
 
 
 async def test_a_few_bytes_do_not_become_a_large_tensor(bench):
@@ -514,7 +522,7 @@ async def refused_after_spending(bench, kind, code):
         await bench.routes(bench.request())
     assert caught.value.code == code
     assert bench.membership.spent == 1
-    assert bench.routes._inside == 0
+    assert bench.scheduler.inside == 0
 
 
 async def test_a_statement_that_is_replaced_while_the_model_loads(bench):
@@ -538,3 +546,110 @@ async def test_a_lease_that_ends_while_the_model_loads(bench):
 
     bench.cache.use = slow
     await refused_after_spending(bench, LeaseExpired, "lease-expired")
+
+
+# -- batches and strict models -------------------------------------------------
+
+
+def batch_of(response: bhttp.Response) -> int:
+    return int(response.field(b"server-timing").rpartition(b"batch;desc=")[2])
+
+
+@pytest.mark.parametrize("batching", ["none", "same-user", "cross-user"])
+async def test_a_thousand_requests_of_eight_users_get_their_own_answers(bench_of, monkeypatch, batching):
+    bench = bench_of(serving=ServingOptions(batching=batching), queue=300)
+    monkeypatch.setattr("cloister.enclave.worker.batching.GAIN", 2.0)  # so that a model this small is batched
+    random = np.random.default_rng(1)
+    seen: set[int] = set()
+
+    async def one(number: int) -> None:
+        x = random.standard_normal((int(random.integers(1, 5)), 4)).astype(np.float32)
+        request = bench.request(
+            key=USERS[number % 8], allow_cross_user_batching=number % 8 != 3, **body({"x": x}, "y")
+        )
+        response = await bench.routes(request)
+        seen.add(batch_of(response))
+        wiped = x.copy()
+        assert outputs(response)["y"].tobytes() == (wiped * 2).tobytes()
+
+    for start in range(0, 1000, 250):
+        await asyncio.gather(*(one(number) for number in range(start, start + 250)))
+    assert bench.scheduler.inside == 0
+    assert (seen == {1}) is (batching == "none")
+
+
+async def test_users_are_told_apart_by_their_signatures(bench_of):
+    """A user fills the queue; another's request finds a place, and its turn."""
+    bench = bench_of(queue=8, threads=1)
+    await bench.ask()
+    real, gate, order = LoadedModel.run, threading.Event(), []
+
+    def slow(self: LoadedModel, inputs: Any, wanted: Any) -> Any:
+        gate.wait(5)
+        order.append(float(inputs["x"][0, 0]))
+        return real(self, inputs, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedModel, "run", slow)
+        many = [
+            asyncio.ensure_future(bench.ask(**body({"x": np.full((1, 4), mark, np.float32)}, "y")))
+            for mark in range(8)
+        ]
+        await asyncio.sleep(0.05)
+        one = asyncio.ensure_future(
+            bench.ask(key=USERS[0], **body({"x": np.full((1, 4), 100, np.float32)}, "y"))
+        )
+        await asyncio.sleep(0.05)
+        gate.set()
+        results = await asyncio.gather(*many, one, return_exceptions=True)
+    assert [type(each).__name__ for each in results] == ["Response"] * 7 + ["Overloaded", "Response"]
+    assert order.index(100) <= 2
+
+
+async def test_a_strict_model_answers(bench_of):
+    bench = bench_of(serving=ServingOptions(isolation="strict"), queue=64, threads=4)
+    running, most, lock = 0, 0, threading.Lock()
+    real = LoadedModel.run
+
+    def watched(self: LoadedModel, *given: Any) -> Any:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        try:
+            return real(self, *given)
+        finally:
+            with lock:
+                running -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedModel, "run", watched)
+        responses = await asyncio.gather(*(bench.ask(key=USERS[number % 8]) for number in range(60)))
+    assert most == 1
+    assert all((outputs(each)["y"] == X * 2).all() for each in responses)
+    assert {batch_of(each) for each in responses} == {1}
+
+
+async def test_a_model_that_becomes_strict_gets_another_session(bench_of):
+    bench = bench_of()
+    await bench.ask()
+    live = bench.model.live
+    said = dataclasses.replace(live.statement, options=ServingOptions(isolation="strict"))
+    bench.membership.models = {said.model: LiveModel(statement=said, digest=said.digest, key=live.key)}
+    assert (await bench.ask()).status == 200
+    assert len(bench.cache._slots) == 2
+
+
+async def test_outputs_are_wiped_when_they_are_encoded(bench, monkeypatch):
+    made: list[Any] = []
+    real = LoadedModel.run
+
+    def kept(self: LoadedModel, *given: Any) -> Any:
+        made.append(real(self, *given))
+        return made[-1]
+
+    monkeypatch.setattr(LoadedModel, "run", kept)
+    response = await bench.ask()
+    assert (outputs(response)["y"] == X * 2).all()
+    assert not made[0]["y"].any()
+    assert isinstance(response.content, bytearray)

@@ -233,3 +233,41 @@ async def test_requests_that_wait_for_a_key_are_bounded():
     assert calls == MAX_WAITING
     assert (await send(server, body)).status == 400
     assert calls == MAX_WAITING + 1
+
+
+@pytest.mark.parametrize(
+    "error", [None, NotFound("no"), ValueError("no")], ids=["answer", "refusal", "failure"]
+)
+async def test_requests_and_answers_are_wiped(error):
+    """Once an answer is sealed, nothing of it or of its request is left in the buffers that they came in."""
+
+    class Giving(Echo):
+        async def __call__(self, request: InnerRequest) -> bhttp.Response:
+            response = await super().__call__(request)
+            self.given = bytearray(response.content)
+            return bhttp.Response(status=200, content=self.given)
+
+    key, handler = kem_key(0x20), Giving(error)
+    server = EnclaveServer(handler, [(1, key)])
+    exchange, body = seal(key, SECRET.encode() * 10_000)
+    answer = await send(server, body)
+    opened = bhttp.Response.from_bytes(exchange.open(answer.body))
+    await asyncio.sleep(0)
+    assert bytes(handler.seen[0].http.content) == bytes(len(SECRET) * 10_000)
+    if error is None:
+        assert bytes(opened.content) == (SECRET.encode() * 10_000)[::-1]
+        assert handler.given == bytes(len(SECRET) * 10_000)
+
+
+async def test_a_handler_s_own_bytes_stay(monkeypatch):
+    """Such as a document that is served again and again."""
+    kept = bytearray(b"kept")
+
+    async def handler(request: InnerRequest) -> bhttp.Response:
+        return bhttp.Response(status=200, content=memoryview(kept))
+
+    key = kem_key(0x20)
+    _, body = seal(key)
+    await send(EnclaveServer(handler, [(1, key)]), body)
+    await asyncio.sleep(0)
+    assert kept == b"kept"

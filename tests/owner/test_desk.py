@@ -211,8 +211,14 @@ def test_policy_round_trip():
         (TEXT.replace("slo_ms = 50", 'slo_ms = "50"'), "policy.options"),
         (TEXT.replace('batching = "none"', "batching = []"), "policy.options"),
         (TEXT.replace('batching = "none"', 'batching = "all"'), "policy.options"),
-        (TEXT.replace('batching = "none"', 'batching = "cross-user"'), "policy.options"),
-        (TEXT.replace('isolation = "shared"', 'isolation = "strict"'), "policy.options"),
+        (TEXT.replace('isolation = "shared"', 'isolation = "none"'), "policy.options"),
+        (TEXT.replace('isolation = "shared"', "isolation = {}"), "policy.options"),
+        (
+            TEXT.replace('isolation = "shared"', 'isolation = "strict"').replace(
+                'batching = "none"', 'batching = "same-user"'
+            ),
+            "policy.options",
+        ),
         (TEXT.replace("max_age = ", "max_age = inf #"), "policy.max_age"),
         (TEXT.replace("max_age = ", "max_age = nan #"), "policy.max_age"),
         (TEXT.replace("min_isv_svn = 0", "min_isv_svn = true"), "policy.min_isv_svn"),
@@ -228,15 +234,39 @@ def test_a_file_that_is_no_policy(text, code):
     ("stated", "claim", "expected", "actual"),
     [
         ('slo_ms = "50"', "[options].slo_ms", "a whole number of milliseconds, 0 to 3600000", "'50'"),
-        ('batching = "all"', "[options].batching", '"none", which is all that this version serves', "'all'"),
+        (
+            'batching = "all"',
+            "[options].batching",
+            '"none" or "same-user" or "cross-user"',
+            "'all'",
+        ),
+        (
+            'batching = "same-user"\nisolation = "strict"',
+            "[options].batching",
+            '"none" with isolation "strict"',
+            "'same-user'",
+        ),
         ("slo = 50", "[options].slo", "slo_ms, batching, isolation", "'slo'"),
     ],
 )
-def test_an_option_that_is_not_served_is_named(stated, claim, expected, actual):
+def test_an_option_that_is_invalid_is_named(stated, claim, expected, actual):
     text = TEXT[: TEXT.index("[options]")] + f"[options]\n{stated}\n"
     with pytest.raises(UsageError) as caught:
         ModelPolicy.from_toml(text)
     assert (caught.value.claim, caught.value.expected, caught.value.actual) == (claim, expected, actual)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ServingOptions(batching="same-user"),
+        ServingOptions(batching="cross-user", slo_ms=5),
+        ServingOptions(isolation="strict"),
+    ],
+)
+def test_options_that_are_served(options):
+    text = dataclasses.replace(ModelPolicy.from_toml(TEXT), options=options).to_toml()
+    assert ModelPolicy.from_toml(text).options == options
 
 
 @given(st.text(max_size=60))

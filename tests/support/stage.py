@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +23,7 @@ from cloister.enclave.worker.main import Worker
 from cloister.enclave.worker.membership import Membership
 from cloister.enclave.worker.models import ModelCache
 from cloister.enclave.worker.routes import WorkerRoutes
+from cloister.enclave.worker.scheduler import Scheduler
 from cloister.net.body import Body
 from cloister.net.messages import Answer, Head
 from cloister.owner.model import load_model
@@ -60,7 +60,6 @@ class Stage:
         self.before: Callable[[Any], Answer | None] = lambda outgoing: None
         self.after: Callable[[Any, Answer], Answer] = lambda outgoing, answer: answer
         self.pool = realm.pool
-        self.executor = ThreadPoolExecutor(1)
         clock = HintedClock(realm.clock)
         self.membership = Membership(
             realm.host,  # type: ignore[arg-type]
@@ -70,9 +69,8 @@ class Stage:
         )
         cache = ModelCache(realm.host, budget=64 << 20)  # type: ignore[arg-type]
         self.worker = Worker(self.membership, cache)
-        self.routes = WorkerRoutes(
-            self.membership, cache, clock, self.executor, queue=64, refresh=self.worker.refresh
-        )
+        self.scheduler = Scheduler(threads=1, queue=64)
+        self.routes = WorkerRoutes(self.membership, cache, clock, self.scheduler, refresh=self.worker.refresh)
         self.worker.server = EnclaveServer(self.routes, renew=self.worker.refresh)
 
     @classmethod
@@ -141,7 +139,7 @@ class Stage:
         return await drive_async(flow, self.send, self.sleep)
 
     def close(self) -> None:
-        self.executor.shutdown()
+        self.scheduler.close()
 
 
 class Theatre:

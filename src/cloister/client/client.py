@@ -37,6 +37,7 @@ class Record:
         epoch: The service epoch.
         not_after: Until when the verification is reused, Unix seconds.
         stages: Stage -> milliseconds of the last answer, as the enclave measured them.
+        batch: How many requests ran together with it, itself included; 0 where the enclave didn't say.
     """
 
     steps: tuple[Step, ...]
@@ -45,6 +46,7 @@ class Record:
     epoch: int
     not_after: int
     stages: dict[str, float] = field(default_factory=dict)
+    batch: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -55,6 +57,7 @@ class Record:
             "not_after": self.not_after,
             "steps": [step.to_dict() for step in self.steps],
             "stages_ms": self.stages,
+            "batch": self.batch,
         }
 
     def __str__(self) -> str:
@@ -78,6 +81,7 @@ class _Base:
             policy=policy, identity=identity, now=now, memory=memory, aliases=dict(aliases or {})
         )
         self._stages: dict[str, float] = {}
+        self._batch = 0
 
     @property
     def session(self) -> Session:
@@ -95,6 +99,7 @@ class _Base:
             epoch=verified.document.epoch,
             not_after=verified.not_after,
             stages=dict(self._stages),
+            batch=self._batch,
         )
 
     def _infer(
@@ -119,7 +124,8 @@ class _Base:
         except InvalidRequest as error:
             _speak_numpy(error)
             raise
-        self._stages = parse_stages(response.field(b"server-timing"))
+        timing = response.field(b"server-timing")
+        self._stages, self._batch = parse_stages(timing), parse_batch(timing)
         return oip.decode_response(memoryview(response.content), response.field(oip.HEADER_LENGTH))
 
     def _metadata(self, model: str) -> Flow[bytes]:
@@ -302,3 +308,12 @@ def parse_stages(field: bytes | None) -> dict[str, float]:
         except ValueError:
             continue
     return stages
+
+
+def parse_batch(field: bytes | None) -> int:
+    """How many requests ran together: ``batch;desc=N`` of a ``server-timing`` field; 0 where it isn't."""
+    for part in (field or b"").decode("ascii", "replace").split(","):
+        name, _, count = part.strip().partition(";desc=")
+        if name == "batch" and count.isascii() and count.isdigit() and len(count) < 6:
+            return int(count)
+    return 0

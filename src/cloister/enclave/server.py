@@ -7,6 +7,7 @@ the request.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -26,6 +27,7 @@ from cloister.core.ohttp.encapsulation import (
 from cloister.core.ohttp.kem import PrivateKey
 from cloister.core.protocol import outer, problem
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
+from cloister.enclave.memory import wipe
 from cloister.errors import BindingRefused, CloisterError, NotFound
 from cloister.net.body import Body
 from cloister.net.messages import Answer, Head
@@ -98,10 +100,16 @@ class EnclaveServer:
             return _outer(400, _KEY_PROBLEM, error.code)
         except CloisterError as error:
             return _outer(400, "about:blank", error.code)
-        response = await self._answer(exchange, plaintext, arrived, head.fields.get(outer.SENDER, b""))
-        return Answer(
-            status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(response.to_bytes(pad=True))
-        )
+        plain: list[bytearray | memoryview] = [plaintext]
+        try:
+            response = await self._answer(exchange, plaintext, arrived, head.fields.get(outer.SENDER, b""))
+            message = response.to_bytes(pad=True)
+            plain.append(message)
+            if isinstance(response.content, bytearray):  # the handler gave it away
+                plain.append(response.content)
+            return Answer(status=200, content_type=_RESPONSE_TYPE, body=exchange.seal(message))
+        finally:  # as soon as the answer is written: wiping 600 KB would hold it up for 50 us
+            asyncio.get_running_loop().call_soon(_wipe, plain)
 
     async def _open(self, body: Body) -> tuple[Decapsulation, memoryview, float]:
         """Open a request while it arrives; says also when its end was there."""
@@ -150,6 +158,11 @@ class EnclaveServer:
         except Exception as error:
             log.error("a request failed inside the enclave: %s", type(error).__name__)
             return problem_response(CloisterError("the enclave failed on this request", code="internal"))
+
+
+def _wipe(plain: list[bytearray | memoryview]) -> None:
+    for buffer in plain:
+        wipe(buffer)
 
 
 def problem_response(error: CloisterError) -> bhttp.Response:

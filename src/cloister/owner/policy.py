@@ -12,16 +12,16 @@
 
     [options]              # optional
     slo_ms = 0
-    batching = "none"
-    isolation = "shared"
+    batching = "none"       # or "same-user", "cross-user"
+    isolation = "shared"    # or "strict"
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from cloister.core.protocol.statement import ServingOptions
+from cloister.core.protocol.statement import Batching, Isolation, ServingOptions
 from cloister.core.protocol.trust import load_table, subtable
 from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import UsageError
@@ -59,20 +59,22 @@ class ModelPolicy:
 
 
 def _options(table: dict[str, Any]) -> ServingOptions:
-    """Options that this version serves; raises UsageError."""
+    """Options as the file states them; raises UsageError."""
     for name in table:
         if name not in OPTIONS:
-            raise _unserved(name[:64], ", ".join(OPTIONS), name[:64])
-    for name, served in (("batching", "none"), ("isolation", "shared")):
-        if table.get(name, served) != served:
-            raise _unserved(name, f'"{served}", which is all that this version serves', table[name])
+            raise _invalid(name[:64], ", ".join(OPTIONS), name[:64])
+    for name, served in (("batching", get_args(Batching)), ("isolation", get_args(Isolation))):
+        if table.get(name, served[0]) not in served:
+            raise _invalid(name, " or ".join(f'"{each}"' for each in served), table[name])
+    if table.get("isolation") == "strict" and table.get("batching", "none") != "none":
+        raise _invalid("batching", '"none" with isolation "strict"', table["batching"])
     slo = table.get("slo_ms", 0)
     if type(slo) is not int or not 0 <= slo <= MAX_SLO_MS:
-        raise _unserved("slo_ms", f"a whole number of milliseconds, 0 to {MAX_SLO_MS}", slo)
+        raise _invalid("slo_ms", f"a whole number of milliseconds, 0 to {MAX_SLO_MS}", slo)
     return ServingOptions(**table)
 
 
-def _unserved(name: str, expected: str, actual: object) -> UsageError:
+def _invalid(name: str, expected: str, actual: object) -> UsageError:
     return UsageError(
         "the options of the model policy are invalid",
         code="policy.options",

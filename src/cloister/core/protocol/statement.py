@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast, get_args
 
 from cloister.core.encoding import decode, encode, unpack
 from cloister.core.identity import SIGNATURE_SIZE, SigningKey, thumbprint, verify_signature
@@ -68,8 +68,8 @@ class ServingOptions:
 
     Attributes:
         slo_ms: The latency objective, milliseconds at the 99th percentile; 0 for none.
-        batching: Whose requests may share a batch.
-        isolation: ``strict`` is SeSeMI's sequential mode.
+        batching: Whose requests may share a batch, where the model's rows don't depend on each other.
+        isolation: ``strict`` is SeSeMI's sequential mode: one request at a time in each worker, no batches.
     """
 
     slo_ms: int = 0
@@ -79,9 +79,9 @@ class ServingOptions:
     def __post_init__(self) -> None:
         if type(self.slo_ms) is not int or not 0 <= self.slo_ms <= 3_600_000:
             raise UsageError(claim="slo_ms", expected="a whole number, 0 to 3600000", actual=self.slo_ms)
-        if self.batching not in ("none", "same-user", "cross-user"):
+        if self.batching not in get_args(Batching):
             raise UsageError(claim="batching", expected="none, same-user or cross-user", actual=self.batching)
-        if self.isolation not in ("shared", "strict"):
+        if self.isolation not in get_args(Isolation):
             raise UsageError(claim="isolation", expected="shared or strict", actual=self.isolation)
 
     def to_data(self) -> dict[str, Any]:

@@ -422,13 +422,13 @@ def _rolled_back(head: TreeHead, size: int) -> Rollback:
 
 
 def _require_served(statement: Statement) -> None:
-    """Refuse serving options that today's workers would not honour; raises InvalidRequest."""
+    """Refuse serving options that contradict each other; raises InvalidRequest."""
     options = statement.options
-    if options.isolation != "shared" or options.batching != "none":
+    if options.isolation == "strict" and options.batching != "none":
         raise InvalidRequest(
             code="request.options",
             claim="serving options",
-            expected="isolation shared, batching none",
+            expected="no batching with strict isolation",
             actual=f"isolation {options.isolation}, batching {options.batching}",
         )
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +17,7 @@ from cloister.enclave.server import EnclaveServer
 from cloister.enclave.worker.membership import Membership
 from cloister.enclave.worker.models import ModelCache, slot_name
 from cloister.enclave.worker.routes import WorkerRoutes
+from cloister.enclave.worker.scheduler import Scheduler
 from cloister.errors import CloisterError
 from cloister.net.front import serve as serve_front
 from cloister.net.messages import Answer, Limits
@@ -109,10 +109,8 @@ async def serve(
     membership = Membership(link, attester, configuration, clock)
     models = ModelCache(link, budget=settings["memory_mib"] << 20)
     worker = Worker(membership, models)
-    with ThreadPoolExecutor(settings["threads"], thread_name_prefix="run") as executor:
-        routes = WorkerRoutes(
-            membership, models, clock, executor, queue=settings["queue"], refresh=worker.refresh
-        )
+    with Scheduler(threads=settings["threads"], queue=settings["queue"]) as scheduler:
+        routes = WorkerRoutes(membership, models, clock, scheduler, refresh=worker.refresh)
         worker.server = EnclaveServer(routes, renew=worker.refresh)
         front = await serve_front(
             worker.server.handle, unix=socket, gets={b"/healthz": worker.health}, limits=LIMITS

@@ -18,6 +18,7 @@ from cloister.core.protocol.statement import SealedModel, Statement
 from cloister.core.sealing.header import PREFIX_SIZE, SealedHeader, header_size
 from cloister.core.sealing.unseal import Unsealer
 from cloister.enclave.link import HostLink
+from cloister.enclave.memory import overwrite_freed
 from cloister.enclave.worker.graph import WEIGHTS, require_safe
 from cloister.enclave.worker.membership import LiveModel
 from cloister.errors import BindingRefused, FormatError, InvalidRequest, Overloaded, Tampered
@@ -120,7 +121,7 @@ class LoadedModel:
         return dict(zip(names, results, strict=True))
 
 
-SlotName = tuple[str, bytes, bytes]
+SlotName = tuple[str, bytes, bytes, str]
 
 
 @dataclass(slots=True)
@@ -134,8 +135,12 @@ class _Slot:
 
 
 def slot_name(statement: Statement) -> SlotName:
-    """A model's place: by its id too, for anybody may name a public header in a statement."""
-    return statement.model, statement.sealed_model.header, statement.sealed_model.blob
+    """A model's place: by its id too, for anybody may name a public header in a statement.
+
+    By its isolation too, for a strict model's session is another one.
+    """
+    sealed = statement.sealed_model
+    return statement.model, sealed.header, sealed.blob, statement.options.isolation
 
 
 class ModelCache:
@@ -195,7 +200,8 @@ class ModelCache:
                 expected="graph, weights",
                 actual=", ".join(sections),
             )
-        session = await asyncio.to_thread(_build, graph, weights)
+        strict = live.statement.options.isolation == "strict"
+        session = await asyncio.to_thread(_build, graph, weights, strict=strict)
         built = time.monotonic()
         return LoadedModel(
             session=session,
@@ -265,12 +271,16 @@ class ModelCache:
         return Unsealer(live.key, header, digest=sealed.header)
 
 
-def _build(graph: memoryview, weights: memoryview) -> ort.InferenceSession:
+def _build(graph: memoryview, weights: memoryview, *, strict: bool = False) -> ort.InferenceSession:
     require_safe(graph)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    if strict:  # an arena would keep one request's intermediate results for the next; now a run frees them
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        overwrite_freed()
     # Else bytes that `require_safe` reads as a protocol buffer could be loaded as ONNX Runtime's own format.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:

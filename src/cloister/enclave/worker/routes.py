@@ -2,24 +2,23 @@
 
 An inference, numbered as the body cites it:
 
-1. admission: bounded;
-2. authorization: a signature over this service, pool, epoch, model and encapsulation, not seen before;
-3. consent: the statement that the user accepted is the current one, it grants the model to this user, and the
+1. authorization: a signature over this service, pool, epoch, model and encapsulation, not seen before;
+2. consent: the statement that the user accepted is the current one, it grants the model to this user, and the
    worker's lease holds;
+3. admission: a place in the worker, of which there are so many (`scheduler`);
 4. the model, opened and built where it isn't in memory;
 5. the tensors, checked against the model's inputs;
-6. execution, off the event loop;
-7. the answer, with the time that each stage took.
+6. execution, when it is the user's turn (`scheduler`);
+7. the answer, with the time that each stage took; the outputs are wiped.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -28,13 +27,14 @@ from cloister.core.ohttp import bhttp
 from cloister.core.protocol.authorization import FIELD, RequestAuthorization, RequestContext
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.server import InnerRequest, route_not_found
+from cloister.enclave.worker.batching import wipe_arrays
 from cloister.enclave.worker.membership import LiveModel, Membership, lease_expired
-from cloister.enclave.worker.models import LoadedModel, ModelCache, TensorSpec
+from cloister.enclave.worker.models import LoadedModel, ModelCache, TensorSpec, slot_name
 from cloister.enclave.worker.replay import ReplayGuard
+from cloister.enclave.worker.scheduler import Call, Outcome, Place, Scheduler
 from cloister.errors import (
     AccessRefused,
     BindingRefused,
-    DeadlineExceeded,
     FormatError,
     InvalidRequest,
     NotFound,
@@ -57,8 +57,7 @@ class WorkerRoutes:
         membership: Keys, statements, lease.
         models: Opened models.
         clock: Hinted by the host.
-        executor: Threads that run models; owned by the caller.
-        queue: Requests that may be inside at once.
+        scheduler: Runs models; owned by the caller.
         refresh: Asks the key service anew, at most once at a time, where a user knows a newer statement.
     """
 
@@ -67,18 +66,15 @@ class WorkerRoutes:
         membership: Membership,
         models: ModelCache,
         clock: HintedClock,
-        executor: ThreadPoolExecutor,
+        scheduler: Scheduler,
         *,
-        queue: int,
         refresh: Callable[[], Awaitable[None]],
     ) -> None:
         self._membership = membership
         self._models = models
         self._clock = clock
-        self._executor = executor
-        self._queue = queue
+        self._scheduler = scheduler
         self._refresh = refresh
-        self._inside = 0
         self._waiting = 0  # requests that wait for a renewal
         self._replays = ReplayGuard()
 
@@ -92,30 +88,17 @@ class WorkerRoutes:
         model, action = _model_route(path)
         if (method, action) not in ((b"POST", b"infer"), (b"GET", b""), (b"GET", b"ready")):
             raise route_not_found(request)
-        self._require_room()
-        live = await self._authorize(request, model)
-        self._require_room()  # a place is taken after the grant: strangers can't fill the queue
-        self._inside += 1
-        try:
+        live, signed = await self._authorize(request, model)
+        with self._scheduler.enter(signed.user) as place:  # after the grant: strangers can't take places
+            self._membership.spend()  # after the place: what is refused for load costs nothing of the lease
             if action == b"ready":
                 return _json({"name": model, "ready": True})
             async with self._models.use(live) as (loaded, fresh):
                 self._require_live(model, live)  # the host may have made the load last
                 if action == b"":
                     return _json(_metadata(model, loaded))
-                return await self._infer(request, model, loaded, fresh=fresh)
-        finally:
-            self._inside -= 1
-
-    def _require_room(self) -> None:
-        """Step 1; raises Overloaded."""
-        if self._inside >= self._queue:
-            raise Overloaded(
-                "the worker's queue is full",
-                claim="queue",
-                expected=f"at most {self._queue}",
-                actual=self._inside,
-            )
+                asked = _Asked(request=request, live=live, signed=signed, place=place)
+                return await self._infer(asked, loaded, fresh=fresh)
 
     def _require_live(self, model: str, live: LiveModel) -> None:
         """Refuse a request whose statement was replaced, or whose lease ran out, since it was authorized."""
@@ -125,7 +108,7 @@ class WorkerRoutes:
         if not self._membership.active:
             raise lease_expired()
 
-    async def _authorize(self, request: InnerRequest, model: str) -> LiveModel:
+    async def _authorize(self, request: InnerRequest, model: str) -> tuple[LiveModel, RequestAuthorization]:
         membership = self._membership
         if not membership.active:
             await self._wait_for_renewal()
@@ -148,8 +131,8 @@ class WorkerRoutes:
         context = RequestContext(
             service=membership.service, pool=membership.pool_id, epoch=key.epoch, model=model, enc=request.enc
         )
-        authorization.verify(context, now=now)  # step 2
-        live = await self._current(model, authorization.statement)  # step 3
+        authorization.verify(context, now=now)  # step 1
+        live = await self._current(model, authorization.statement)  # step 2
         live.statement.require_grant(authorization.user, now)
         self._replays.admit(  # after the grant: strangers leave nothing behind
             enc=hashlib.sha256(request.enc).digest(),
@@ -158,8 +141,7 @@ class WorkerRoutes:
             expiry=authorization.expiry,
             now=now,
         )
-        membership.spend()
-        return live
+        return live, authorization
 
     async def _current(self, model: str, accepted: bytes) -> LiveModel:
         """The model under the statement that the user accepted; asks the key service where they differ."""
@@ -193,43 +175,57 @@ class WorkerRoutes:
         finally:
             self._waiting -= 1
 
-    async def _infer(
-        self, request: InnerRequest, model: str, loaded: LoadedModel, *, fresh: bool
-    ) -> bhttp.Response:
-        http = request.http
+    async def _infer(self, asked: _Asked, loaded: LoadedModel, *, fresh: bool) -> bhttp.Response:
+        request, http = asked.request, asked.request.http
         inference = oip.decode_request(memoryview(http.content), http.field(oip.HEADER_LENGTH))
-        inputs = _checked(inference, loaded)  # step 5
-        deadline = _deadline(request)
-        queued = time.monotonic()
-        outputs, started, ended = await self._run(loaded, inputs, inference.outputs, deadline)  # step 6
-        header, buffers = oip.encode_response(  # step 7
-            model, outputs, binary=inference.binary, request_id=inference.id
-        )
+        outcome = await self._run(asked, loaded, inference)  # steps 5, 6
+        try:
+            header, buffers = oip.encode_response(  # step 7
+                asked.live.statement.model,
+                outcome.outputs,
+                binary=inference.binary,
+                request_id=inference.id,
+            )
+            content = bytearray().join((header, *buffers))  # unlike bytes, it can be wiped
+        finally:
+            wipe_arrays(outcome.outputs)
         stages = {
             "decrypt": request.opened - request.arrived,
             "open": loaded.open_seconds if fresh else 0.0,
             "build": loaded.build_seconds if fresh else 0.0,
-            "queue": started - queued,
-            "run": ended - started,
+            "queue": outcome.queue_seconds,
+            "run": outcome.run_seconds,
             "enclave": time.monotonic() - request.arrived,
         }
         timing = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in stages.items())
+        timing += f", batch;desc={outcome.batch}"
         fields = [(b"content-type", BINARY if buffers else JSON), (TIMING, timing.encode())]
         if buffers:
             fields.append((oip.HEADER_LENGTH, b"%d" % len(header)))
-        return bhttp.Response(status=200, fields=tuple(fields), content=b"".join((header, *buffers)))
+        return bhttp.Response(status=200, fields=tuple(fields), content=content)
 
-    async def _run(
-        self, loaded: LoadedModel, inputs: dict[str, oip.Array], outputs: tuple[str, ...], deadline: float
-    ) -> tuple[dict[str, oip.Array], float, float]:
-        def execute() -> tuple[dict[str, oip.Array], float, float]:
-            started = time.monotonic()
-            if started > deadline:
-                raise DeadlineExceeded(claim="deadline", expected="a free thread before it", actual="none")
-            results = loaded.run(inputs, outputs)
-            return results, started, time.monotonic()
+    async def _run(self, asked: _Asked, loaded: LoadedModel, inference: oip.InferenceRequest) -> Outcome:
+        statement = asked.live.statement
+        call = Call(
+            name=slot_name(statement),
+            model=loaded,
+            options=statement.options,
+            inputs=_checked(inference, loaded),
+            outputs=inference.outputs,
+            deadline=_deadline(asked.request),
+            shareable=asked.signed.allow_cross_user_batching,
+        )
+        return await self._scheduler.run(asked.place, call)
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, execute)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """An authorized request: what it says, under which statement, by whom signed, and its place."""
+
+    request: InnerRequest
+    live: LiveModel
+    signed: RequestAuthorization
+    place: Place
 
 
 def _model_route(path: bytes) -> tuple[str, bytes]:
