@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz coverage lock clean
+.PHONY: help demo test lint bench chaos fuzz coverage lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: $(VENV)/.dev  ## ruff, mypy strict, import-linter
 
 bench: $(VENV)/.dev  ## benchmarks; BENCH=name for one, ARGS=... for its arguments
 	$(BIN)/python -m benchmarks $(BENCH) $(ARGS)
+
+chaos: $(VENV)/.dev  ## 10,000 requests while workers are killed; RUNS=n for another number
+	$(BIN)/python -m benchmarks chaos --runs $(or $(RUNS),10000)
 
 $(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/fuzz.txt

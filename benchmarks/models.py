@@ -22,11 +22,18 @@ _IR_VERSION: Final = 10
 
 
 def locate(model: str, folder: Path) -> Path:
-    """The file that ``--model`` names: an example, a path, or the synthetic one, written to ``folder``."""
+    """The file that ``--model`` names: an example, a path, or one that is built and written to ``folder``.
+
+    Built are the synthetic one and those of `benchmarks.zoo`.
+    """
+    from benchmarks import zoo
+
     if model == SYNTHETIC:
         path = folder / "synthetic.onnx"
         onnx.save(convolutions(), path)
         return path
+    if model in zoo.NAMES:
+        return zoo.save(model, folder)
     example = EXAMPLES / f"{model}.onnx"
     return example if example.exists() else Path(model)
 

@@ -3,7 +3,7 @@
 Bare is a call of the session in this process. Confidential is `Client.infer`: signature, encapsulation,
 gateway, worker enclave (each a process of its own), checks of grant and lease, the same run, the sealed
 answer. Each pair of calls has one difference; ``added`` is a percentile of these, as ``ratio`` is of the
-quotients.
+quotients. ``--zoo`` does so for every model of `benchmarks.zoo`, ``--profile`` times every component alone.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks import zoo
 from benchmarks.models import SYNTHETIC, Array, bare_session, locate, sample
-from benchmarks.report import Report, Rows, Samples, percentile
+from benchmarks.report import Report, Rows, Samples, console, percentile, verdict
 from benchmarks.scene import Scene, scene
 from cloister.client.client import Client
 from cloister.core.protocol.document import verify_document
@@ -28,6 +29,9 @@ from cloister.core.protocol.flow import Outgoing
 from cloister.net.messages import Answer
 from cloister.party.carry import Carrier
 
+BAR_MS: Final = {"p50": 2.0, "p99": 4.0}  # added at most, synthetic model
+BAR_RATIO: Final = {"ResNet50": 1.03}  # model -> times bare ONNX Runtime's, at most
+MEMORY: Final = 4096  # MiB of models in the worker: the zoo's largest takes 575 MB as a file
 WARM: Final = 30  # pairs of calls before those that count
 STAGES: Final = {
     "seal": "client: placement, signature, encapsulation",
@@ -56,12 +60,40 @@ class _TimedCarrier(Carrier):
 def run(arguments: Sequence[str]) -> Report:
     """Measure; see the module."""
     options = _parser().parse_args(arguments)
+    if options.zoo:
+        return _zoo(options)
     with tempfile.TemporaryDirectory(prefix="cloister-bench-") as folder:
         path = locate(options.model, Path(folder))
         session = bare_session(path)
         inputs = sample(session)
-        with scene(path) as made:
-            return _measure(made, session, inputs, options)
+        with scene(path, memory_mib=MEMORY) as made:
+            report = _measure(made, session, inputs, options)
+        if options.profile:
+            from benchmarks.profile import profiled
+
+            report = profiled(report, path, options.runs)
+        return report
+
+
+def _zoo(options: argparse.Namespace) -> Report:
+    """Every model of the zoo, one after the other, in one table."""
+    names = ("bare_ms_p50", "confidential_ms_p50", "added_ms_p50", "added_ms_p99", "ratio_p50")
+    rows: list[tuple[Any, ...]] = []
+    found: dict[str, Any] = {}
+    for model in zoo.NAMES:
+        console.print(model, style="dim")
+        figures = run(("--model", model, "--runs", str(options.runs))).figures
+        found[model] = {name: figures[name] for name in (*names, "bar_ratio_p50", "met") if name in figures}
+        bar = verdict(figures["met"], f"≤ {figures['bar_ratio_p50']}") if "bar_ratio_p50" in figures else ""
+        rows.append((model, figures["input_bytes"], *(figures[name] for name in names), bar))
+    columns = ("model", "input, B", "bare p50 ms", "confidential p50 ms", "added p50 ms", "added p99 ms")
+    return Report(
+        benchmark="overhead",
+        runs=options.runs,
+        figures={"models": found},
+        tables=(Rows(title="Models of the zoo", columns=(*columns, "ratio", "bar"), rows=tuple(rows)),),
+        setting="One request at a time, on one thread.",
+    )
 
 
 def _measure(
@@ -92,7 +124,7 @@ def _measure(
         full, cached = _verifications(made, client, options.runs)
     size = sum(array.nbytes for array in inputs.values())
     ratios = [c / b for b, c in zip(bare.seconds, confidential.seconds, strict=True)]
-    figures = {
+    figures: dict[str, Any] = {
         "model": Path(options.model).name,
         "input_bytes": size,
         "bare_ms_p50": bare.ms(0.5),
@@ -106,6 +138,9 @@ def _measure(
         "verify_cached_us_p50": cached.us(0.5),
         **{f"{name}_ms_p50": samples.ms(0.5) for name, samples in stages.items()},
     }
+    bars = _bars(figures)
+    if bars:
+        figures["met"] = all(met for _, _, met, _ in bars)
     paths = (("bare ONNX Runtime", bare), ("confidential", confidential), ("added", added))
     times = tuple((name, samples.ms(0.5), samples.ms(0.9), samples.ms(0.99)) for name, samples in paths)
     where = tuple((STAGES[name], samples.ms(0.5)) for name, samples in stages.items())
@@ -116,9 +151,35 @@ def _measure(
         tables=(
             Rows(title="One request", columns=("path", "p50 ms", "p90 ms", "p99 ms"), rows=times),
             Rows(title="Where a confidential request's time goes", columns=("stage", "p50 ms"), rows=where),
+            *(
+                [
+                    Rows(
+                        title="What must hold",
+                        columns=("what", "found", "bar"),
+                        rows=tuple((what, value, verdict(met, bar)) for what, value, met, bar in bars),
+                    )
+                ]
+                if bars
+                else []
+            ),
         ),
         setting=f"Model {figures['model']}, input of {size:,} B; one request at a time, on one thread.",
     )
+
+
+def _bars(figures: dict[str, Any]) -> list[tuple[str, float, bool, str]]:
+    """What must hold for this model: what, the figure, whether it holds, the bar. Adds the bars' figures."""
+    bars: list[tuple[str, float, bool, str]] = []
+    if figures["model"] == SYNTHETIC:
+        for name, bar in BAR_MS.items():
+            value = figures[f"added_ms_{name}"]
+            figures[f"bar_added_ms_{name}"] = bar
+            bars.append((f"added, {name} in ms", value, value <= bar, f"≤ {bar:g}"))
+    if figures["model"] in BAR_RATIO:
+        value, bar = figures["ratio_p50"], BAR_RATIO[figures["model"]]
+        figures["bar_ratio_p50"] = bar
+        bars.append(("ratio, p50", value, value <= bar, f"≤ {bar:g}"))
+    return bars
 
 
 def _stages(client: Client, carrier: _TimedCarrier, start: float, end: float) -> dict[str, float]:
@@ -158,7 +219,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default=SYNTHETIC,
-        help="digits, diagnosis, FILE.onnx, or synthetic: convolutions over 3x224x224 float32 (602,112 B)",
+        help="digits, diagnosis, FILE.onnx, one of the zoo's, or synthetic: convolutions over 3x224x224 "
+        "float32 (602,112 B)",
     )
+    parser.add_argument("--zoo", action="store_true", help="every model of the zoo")
+    parser.add_argument("--profile", action="store_true", help="time every component alone, too")
     parser.add_argument("--runs", type=int, default=500, help="pairs of calls")
     return parser

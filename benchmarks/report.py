@@ -100,6 +100,11 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
+def verdict(met: bool, bar: str) -> str:
+    """A bar as it stands beside its figure."""
+    return f"{bar}: {'met' if met else 'NOT met'}"
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on; nothing that names the machine itself."""
     facts: dict[str, Any] = {

@@ -18,8 +18,15 @@ from benchmarks.__main__ import BENCHMARKS, PUBLISHED, command  # noqa: E402
 from benchmarks.models import IMAGE, bare_session, locate, sample  # noqa: E402
 from benchmarks.report import Report, Rows, percentile, rounded  # noqa: E402
 
+from benchmarks import overhead, zoo  # noqa: E402
+
 SHORT = {
     "overhead": ("--model", "digits", "--runs", "3"),
+    "throughput": ("--model", "digits", "--clients", "4", "--runs", "1", "--seconds", "0.3"),
+    "peers": ("--model", "digits", "--runs", "1", "--seconds", "0.1", "--no-install", "--envs", "nowhere"),
+    "flood": ("--clients", "40", "--runs", "1", "--seconds", "0.5"),
+    "ladder": ("--model", "digits", "--runs", "1"),
+    "chaos": ("--runs", "200", "--kill-every", "0.2"),
     "attestation": ("--runs", "2", "--largest-batch", "16"),
     "verification": ("--runs", "3"),
     "sealing": ("--mib", "2", "--runs", "2"),
@@ -35,6 +42,11 @@ FIGURES = {
         "verify_cached_us_p50",
         "transport_ms_p50",
     },
+    "throughput": {"clients"},
+    "peers": set(),  # see test_peers.py
+    "flood": {"ratio_p99", "cloister_rps", "plain_rps", "gateway_after_mib", "worker_after_mib"},
+    "ladder": {"cold_ms_p50", "warm_ms_p50", "hot_ms_p50", "ratio_cold_to_hot"},
+    "chaos": {"right", "kills", "request_ms_p50"},
     "attestation": {
         "verify_quote_ms_p50",
         "verify_full_ms_p50",
@@ -44,6 +56,39 @@ FIGURES = {
     },
     "verification": {f"{tee}_ms_p50" for tee in ("sgx", "tdx", "snp", "nitro", "dcap_qvl")},
     "sealing": {"seal_gb_per_s", "open_streamed_gb_per_s", "open_new_gb_per_s", "ratio_open_p50"},
+}
+
+
+def check_throughput(found: dict[str, Any]) -> None:
+    figures = found["models"]["digits"]
+    assert figures["ratio"] == pytest.approx(figures["confidential_rps"] / figures["bare_rps"], rel=1e-2)
+    assert 0 < figures["confidential_ms_p50"] <= figures["confidential_ms_p99"]
+
+
+def check_flood(found: dict[str, Any]) -> None:
+    assert found["undeclared_errors"] == 0
+    assert found["ratio_p99"] == pytest.approx(found["cloister_ms_p99"] / found["plain_ms_p99"], rel=1e-2)
+
+
+def check_ladder(found: dict[str, Any]) -> None:
+    stages = found["stages_ms_p50"]
+    for kind, times in stages.items():
+        assert all(value >= 0 for value in times.values()), kind
+        assert sum(times.values()) == pytest.approx(found[f"{kind}_ms_p50"], rel=0.3)
+    assert {"launcher", "launch", "challenge", "attest", "release", "register"} <= stages["cold"].keys()
+    assert stages["warm"]["build"] > 0 == stages["hot"]["build"]
+
+
+def check_chaos(found: dict[str, Any]) -> None:
+    assert found["met"] is True
+    assert (found["right"], found["wrong"], found["swapped"], found["lost"]) == (200, 0, 0, 0)
+
+
+MORE = {
+    "throughput": check_throughput,
+    "flood": check_flood,
+    "ladder": check_ladder,
+    "chaos": check_chaos,
 }
 
 
@@ -73,6 +118,25 @@ def test_the_last_line_is_the_promised_object(name: str) -> None:
     assert {"processor", "cores", "memory_gib", "python", "tee"} <= found["machine"].keys()
     assert FIGURES[name] <= found.keys()
     assert all(found[figure] > 0 for figure in FIGURES[name])
+    MORE.get(name, lambda _: None)(found)
+
+
+def test_the_profile_names_every_component() -> None:
+    found = last_line(bench("overhead", "--model", "digits", "--runs", "3", "--profile"))
+    parts = found["components_us_p50"]
+    assert {part.partition(":")[0] for part in parts} == {"client", "gateway", "worker"}
+    assert len(parts) == 20
+    assert found["components_ms_p50"] == pytest.approx(sum(parts.values()) / 1e3, rel=1e-2)
+
+
+def test_a_model_of_the_zoo_has_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "NAMES", ("MobileNetV1",))
+    monkeypatch.setattr(overhead, "BAR_RATIO", {"MobileNetV1": 1e-9})
+    found = overhead.run(["--zoo", "--runs", "2"])
+    figures = found.figures["models"]["MobileNetV1"]
+    assert figures["ratio_p50"] > 1
+    assert figures["met"] is False
+    assert "NOT met" in found.tables[0].rows[0][-1]
 
 
 def test_every_benchmark_is_tested_and_published() -> None:

@@ -93,10 +93,18 @@ class Worker:
             self.server.replace_keys(self.membership.private_keys())
 
     def health(self) -> Answer:
-        """What the host may know: whether requests can be served, and the code of what is in the way."""
+        """What the host may know: whether requests can be served, what is in the way, when each step ended.
+
+        The steps are those of joining, in monotonic seconds of the machine.
+        """
         ready = self.membership.active
         body = json.dumps(
-            {"ready": ready, "pool": self.membership.pool_id.hex(), "problem": self.problem}
+            {
+                "ready": ready,
+                "pool": self.membership.pool_id.hex(),
+                "problem": self.problem,
+                "steps": self.membership.steps,
+            }
         ).encode()
         return Answer(status=200 if ready else 503, content_type=b"application/json", body=body)
 

@@ -87,6 +87,7 @@ class Membership:
         self.keys: dict[int, LiveKey] = {}
         self.models: dict[str, LiveModel] = {}
         self.head: TreeHead | None = None
+        self.steps: dict[str, float] = {"began": time.monotonic()}  # when each step of joining ended
         self._collateral: Final = CollateralMemory()
         self._key_service: Final = configuration.key_service
         self._configuration: Final = configuration
@@ -130,6 +131,7 @@ class Membership:
         )
         document = verified.document
         challenge = await self._challenge(document)  # step 1
+        challenged = time.monotonic()
         kem = generate_private_key(hpke.WIRE_SUITES[0].kem_id)
         request = ReleaseRequest(  # step 3
             challenge=challenge.challenge,
@@ -137,12 +139,15 @@ class Membership:
             incarnation=self.incarnation,
             attestation=await asyncio.to_thread(self._attest, kem, challenge.challenge),
         )
+        attested = time.monotonic()
         answer = SealedRelease.from_bytes(await self._ask(document, b"/releases", request.to_bytes()))
         release = self._open(request, kem, answer)  # step 5
         self._install(release, answer, now)
         self._lease_end = asked + release.lease.seconds
         self._lease_requests = release.lease.requests
         self.lease_seconds = release.lease.seconds
+        if "released" not in self.steps:
+            self.steps |= {"challenged": challenged, "attested": attested, "released": time.monotonic()}
 
     def private_keys(self) -> list[tuple[int, PrivateKey]]:
         """(key id, private key) of every pool key that has not died."""
