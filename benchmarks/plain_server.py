@@ -33,6 +33,7 @@ from cloister.core import oip
 from cloister.core.ohttp import bhttp
 from cloister.core.protocol import outer
 from cloister.host.gateway.server import Gateway
+from cloister.net.body import Body
 from cloister.net.front import Answer, Handler, Head, Limits, serve
 from cloister.net.link import Peer, Upstream
 from cloister.net.loop import run as run_loop
@@ -120,13 +121,14 @@ def _inference(model: Path, threads: ThreadPoolExecutor, queue: int) -> Handler:
     names = [output.name for output in session.get_outputs()]
     inside = 0
 
-    async def handle(head: Head, body: memoryview) -> Answer:
+    async def handle(head: Head, body: Body) -> Answer:
         nonlocal inside
+        content = await body.whole()
         if inside >= queue:
             return Answer(status=503)
         inside += 1
         try:
-            request = bhttp.Request.from_bytes(body)
+            request = bhttp.Request.from_bytes(content)
             asked = oip.decode_request(memoryview(request.content), request.field(oip.HEADER_LENGTH))
             loop = asyncio.get_running_loop()
             outputs = await loop.run_in_executor(threads, session.run, names, asked.inputs)
@@ -194,7 +196,8 @@ def main(arguments: Sequence[str]) -> int:
         case ["null", folder, size]:
             answer = Answer(status=200, content_type=b"message/ohttp-res", body=bytes(int(size)))
 
-            async def handle(head: Head, body: memoryview) -> Answer:
+            async def handle(head: Head, body: Body) -> Answer:
+                await body.whole()
                 return answer
 
             run_loop(_serve_worker(Path(folder), handle))

@@ -24,9 +24,10 @@ from cloister.core.ohttp.bhttp import Request, Response
 from cloister.core.ohttp.encapsulation import Encapsulation, Gateway, begin
 from cloister.core.ohttp.hpke import WIRE_SUITES, PrivateKey
 from cloister.core.ohttp.keyconfig import encode_list
-from cloister.core.oip import encode_request, encode_response
+from cloister.core.oip import bfloat16, encode_request, encode_response
 from cloister.core.protocol import problem
 from cloister.core.protocol.authorization import RequestAuthorization, RequestContext
+from cloister.core.protocol.repository import NONCE_SIZE, join_nonces
 from cloister.core.sealing import Section, seal
 from cloister.core.sealing.records import seal_record
 from cloister.core.secret import Secret
@@ -272,9 +273,17 @@ def inference_requests() -> list[bytes]:
     tensors = {
         "x": np.arange(6, dtype=np.float32).reshape(2, 3),
         "words": np.array([b"a", b"bc"], dtype=object),
+        "halves": bfloat16(np.array([1.5, -2.0])),
+        "flags": np.array([True, False]),
     }
     header, buffers = encode_request(tensors, outputs=("y",), request_id="1")
-    text = {"inputs": [{"name": "x", "shape": [2], "datatype": "INT64", "data": [1, 2]}]}
+    text = {
+        "inputs": [
+            {"name": "x", "shape": [2], "datatype": "INT64", "data": [1, 2]},
+            {"name": "z", "shape": [1, 2], "datatype": "BF16", "data": [[1, 2.5]]},
+        ],
+        "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
+    }
     return [with_length(header, buffers), b"\n" + json.dumps(text).encode()]
 
 
@@ -299,6 +308,11 @@ def authorizations() -> list[bytes]:
         SigningKey(KEY), context, statement=b"t" * 32, request_id=b"r" * 16, expiry=NOW
     )
     return [made.to_field()]
+
+
+def nonces() -> list[bytes]:
+    """Fields with nonces."""
+    return [join_nonces([b"n" * NONCE_SIZE]), join_nonces([bytes(NONCE_SIZE), b"\xff" * NONCE_SIZE])]
 
 
 def problems() -> list[bytes]:

@@ -22,6 +22,7 @@ from cloister.core.ohttp.bhttp import Request, Response
 from cloister.core.ohttp.keyconfig import KeyConfiguration, decode_list, encode_list
 from cloister.core.protocol import problem
 from cloister.core.protocol.authorization import RequestAuthorization
+from cloister.core.protocol.repository import split_nonces
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.sealing import SealedHeader, header_size, read_sections
 from cloister.core.sealing.records import open_record
@@ -418,6 +419,13 @@ TARGETS: Final = MappingProxyType(
                 seeds=seeds.authorizations,
                 most=2048,
                 covers=("protocol.authorization.RequestAuthorization.from_field",),
+            ),
+            Target(
+                name="nonces",
+                parse=split_nonces,
+                seeds=seeds.nonces,
+                most=4096,
+                covers=("protocol.repository.split_nonces",),
             ),
             Target(
                 name="problem",

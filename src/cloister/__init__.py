@@ -14,7 +14,13 @@ from cloister.errors import CloisterError
 if TYPE_CHECKING:
     from cloister.client.client import AsyncClient, Client, Record
     from cloister.client.identity import Identity
-    from cloister.client.transport import AsyncCloisterTransport, CloisterTransport
+    from cloister.client.openai import AsyncOpenAITransport, OpenAITransport, TextEmbedder
+    from cloister.client.transport import (
+        AsyncCloisterTransport,
+        CloisterTransport,
+        async_httpx_transport,
+        httpx_transport,
+    )
     from cloister.core.evidence.bundle import AmdCollateral, Collateral, Evidence
     from cloister.core.protocol.trust import Consent, UserPolicy
     from cloister.core.verifier import verify as verify_evidence
@@ -29,6 +35,7 @@ __all__ = [
     "AppraisalPolicy",
     "AsyncClient",
     "AsyncCloisterTransport",
+    "AsyncOpenAITransport",
     "Client",
     "CloisterError",
     "CloisterTransport",
@@ -36,11 +43,15 @@ __all__ = [
     "Consent",
     "Evidence",
     "Identity",
+    "OpenAITransport",
     "Record",
+    "TextEmbedder",
     "TrustAnchors",
     "UserPolicy",
     "VerifiedEvidence",
     "appraise",
+    "async_httpx_transport",
+    "httpx_transport",
     "verify_evidence",
 ]
 
@@ -53,17 +64,22 @@ _WHERE: Final = {
     "AppraisalPolicy": ("cloister.core.verifier.appraisal", "AppraisalPolicy"),
     "AsyncClient": ("cloister.client.client", "AsyncClient"),
     "AsyncCloisterTransport": ("cloister.client.transport", "AsyncCloisterTransport"),
+    "AsyncOpenAITransport": ("cloister.client.openai", "AsyncOpenAITransport"),
     "Client": ("cloister.client.client", "Client"),
     "CloisterTransport": ("cloister.client.transport", "CloisterTransport"),
     "Collateral": ("cloister.core.evidence.bundle", "Collateral"),
     "Consent": ("cloister.core.protocol.trust", "Consent"),
     "Evidence": ("cloister.core.evidence.bundle", "Evidence"),
     "Identity": ("cloister.client.identity", "Identity"),
+    "OpenAITransport": ("cloister.client.openai", "OpenAITransport"),
     "Record": ("cloister.client.client", "Record"),
+    "TextEmbedder": ("cloister.client.openai", "TextEmbedder"),
     "TrustAnchors": ("cloister.core.verifier.anchors", "TrustAnchors"),
     "UserPolicy": ("cloister.core.protocol.trust", "UserPolicy"),
     "VerifiedEvidence": ("cloister.core.verifier.result", "VerifiedEvidence"),
     "appraise": ("cloister.core.verifier.appraisal", "appraise"),
+    "async_httpx_transport": ("cloister.client.transport", "async_httpx_transport"),
+    "httpx_transport": ("cloister.client.transport", "httpx_transport"),
     "verify_evidence": ("cloister.core.verifier", "verify"),
 }
 

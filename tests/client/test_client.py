@@ -11,9 +11,17 @@ import onnxruntime as ort
 import pytest
 
 from cloister.client.client import AsyncClient, Client, parse_batch, parse_stages
-from cloister.client.transport import AsyncCloisterTransport, CloisterTransport
+from cloister.client.identity import Identity
+from cloister.client.transport import (
+    AsyncCloisterTransport,
+    CloisterTransport,
+    async_httpx_transport,
+    httpx_transport,
+)
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
+from cloister.core.secret import Secret
 from cloister.errors import (
+    AccessRefused,
     AppraisalRefused,
     CloisterError,
     InvalidRequest,
@@ -213,9 +221,9 @@ def test_errors_through_a_transport(theatre):
         assert made.get("/other").status_code == 400
         assert made.get("/v2/models/nonesuch").status_code == 400
         answer = made.post(f"/v2/models/{theatre.stage.model}/infer", json={"inputs": []})
-        assert (answer.status_code, answer.json()["error"]) == (400, "request.inputs")
+        assert (answer.status_code, answer.json()["code"]) == (400, "request.inputs")
         answer = made.get(f"/v2/models/{'0' * 64}/m")
-        assert (answer.status_code, answer.json()["error"]) == (404, "not-found.model")
+        assert (answer.status_code, answer.json()["code"]) == (404, "not-found.model")
 
 
 def test_unavailability_through_a_transport_is_a_transport_error(theatre):
@@ -224,6 +232,65 @@ def test_unavailability_through_a_transport_is_a_transport_error(theatre):
 
     with sdk(theatre, transport=httpx.MockTransport(handle)) as made, pytest.raises(httpx.TransportError):
         made.get(f"/v2/models/{theatre.stage.model}")
+
+
+def test_what_an_enclave_answers_has_its_status(theatre):
+    """Only where nobody answered is there a transport error; the SDK knows what to do with a 429."""
+    from cloister.errors import DeadlineExceeded, Overloaded
+
+    for error, status in ((Overloaded("full"), 429), (DeadlineExceeded("late"), 504)):
+
+        async def refuse(request, error=error):
+            raise error
+
+        theatre.stage.worker.server._handler = refuse
+        with sdk(theatre) as made:
+            answer = made.get(f"/v2/models/{theatre.stage.model}")
+        assert (answer.status_code, answer.json()["error"]) == (status, error.message)
+
+
+def test_a_transport_with_a_client_of_its_own(theatre, monkeypatch):
+    closed = []
+    monkeypatch.setattr(Client, "close", lambda self: closed.append(self))
+    policy_ = theatre.stage.user_policy()
+    transport = httpx_transport(URL, policy=policy_, identity=USER, aliases={"d": theatre.stage.model})
+    assert isinstance(transport, CloisterTransport)
+    with httpx.Client(transport=transport, base_url="http://models") as made:
+        own = transport._client
+        assert own.session.resolve("d") == theatre.stage.model
+        assert made.get("/other").status_code == 400
+    assert closed == [own]
+    with pytest.raises(UsageError):
+        httpx_transport("ftp://x", policy=policy_, identity=USER)
+
+
+@pytest.mark.asyncio
+async def test_an_asynchronous_transport_with_a_client_of_its_own(theatre, monkeypatch):
+    closed = []
+    real = AsyncClient.aclose
+
+    async def closing(self):
+        closed.append(self)
+        await real(self)
+
+    monkeypatch.setattr(AsyncClient, "aclose", closing)
+    transport = async_httpx_transport(URL, policy=theatre.stage.user_policy(), identity=USER)
+    async with httpx.AsyncClient(transport=transport, base_url="http://models") as made:
+        assert (await made.get("/other")).status_code == 400
+    assert closed == [transport._client]
+
+
+def test_the_index_of_models(theatre):
+    with client(theatre, aliases={"d": theatre.stage.model}) as made:
+        assert [each["state"] for each in made.index("d")] == ["UNAVAILABLE"]
+        made.infer("d", {"image": IMAGE})
+        assert made.index("d") == [
+            {"name": theatre.stage.model, "version": "1", "state": "READY", "reason": ""}
+        ]
+    stranger = Identity(Secret(b"s" * 32))
+    with client(theatre, identity=stranger) as made, pytest.raises(AccessRefused) as caught:
+        made.index(theatre.stage.model)
+    assert caught.value.code == "access.grant"
 
 
 def test_fields_of_the_outer_hop_stay_outside(theatre):

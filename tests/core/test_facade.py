@@ -17,6 +17,7 @@ NAMES = [
     "AppraisalPolicy",
     "AsyncClient",
     "AsyncCloisterTransport",
+    "AsyncOpenAITransport",
     "Client",
     "CloisterError",
     "CloisterTransport",
@@ -24,11 +25,15 @@ NAMES = [
     "Consent",
     "Evidence",
     "Identity",
+    "OpenAITransport",
     "Record",
+    "TextEmbedder",
     "TrustAnchors",
     "UserPolicy",
     "VerifiedEvidence",
     "appraise",
+    "async_httpx_transport",
+    "httpx_transport",
     "verify_evidence",
 ]
 

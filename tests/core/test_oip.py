@@ -18,6 +18,11 @@ from cloister.errors import InvalidRequest
 NUMBERS = sorted(set(oip.DTYPES) - {"BYTES"})
 
 
+def made(name: str, values: Any) -> oip.Array:
+    """Numbers as an array of a datatype."""
+    return oip.bfloat16(np.array(values)) if name == "BF16" else np.array(values, dtype=oip.DTYPES[name])
+
+
 def read(header: Any, binary: bytes = b"", length: bytes | None = None) -> oip.InferenceRequest:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return oip.decode_request(memoryview(raw + binary), b"%d" % len(raw) if length is None else length)
@@ -111,7 +116,7 @@ def test_no_tensor(broken):
     refused("request.tensor", {"inputs": [broken]})
 
 
-@pytest.mark.parametrize("kind", [None, "", "FP33", "fp32", "BF16", 1, [], {}])
+@pytest.mark.parametrize("kind", [None, "", "FP33", "fp32", "BF15", 1, [], {}])
 def test_unknown_datatype(kind):
     refused("request.datatype", {"inputs": [tensor(datatype=kind)]})
 
@@ -184,6 +189,9 @@ def test_data_nested_too_deeply():
         ("FP32", 1e300),
         ("FP32", -(10**60)),
         ("FP64", 10**400),
+        ("BF16", 3.4e38),
+        ("BF16", True),
+        ("BF16", "1"),
         ("BYTES", 1),
         ("BYTES", None),
         ("BYTES", "\ud800"),
@@ -287,7 +295,7 @@ def test_binary_request_round_trip(inputs, request_id):
     back = read(header, b"".join(buffers))
     assert back.inputs.keys() == inputs.keys()
     assert all(same(back.inputs[name], inputs[name]) for name in inputs)
-    assert (back.outputs, back.id, back.binary) == (("y",), request_id, True)
+    assert (back.outputs, back.id, back.binary, back.forms) == (("y",), request_id, True, {"y": True})
 
 
 @given(st.dictionaries(st.text(max_size=8), ARRAYS, min_size=1, max_size=4))
@@ -312,10 +320,10 @@ def test_json_response_round_trip(array):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_datatype_in_json(name):
-    dtype = oip.DTYPES[name]
-    array = np.array([[0, 1], [1, 0]], dtype=dtype)
-    nested = read({"inputs": [tensor(datatype=name, shape=[2, 2], data=array.tolist())]})
-    flat = read({"inputs": [tensor(datatype=name, shape=[2, 2], data=array.reshape(-1).tolist())]})
+    array = made(name, [[0, 1], [1, 0]])
+    data = (np.array([[0, 1], [1, 0]], dtype=bool) if name == "BOOL" else np.array([[0, 1], [1, 0]])).tolist()
+    nested = read({"inputs": [tensor(datatype=name, shape=[2, 2], data=data)]})
+    flat = read({"inputs": [tensor(datatype=name, shape=[2, 2], data=[*data[0], *data[1]])]})
     assert same(nested.inputs["x"], array)
     assert same(flat.inputs["x"], array)
 
@@ -356,18 +364,115 @@ def test_binary_inputs_are_views():
 
 
 @pytest.mark.parametrize(
-    ("extra", "wanted"),
+    ("whole", "each", "wanted"),
     [
-        ({}, False),
-        ({"parameters": {"binary_data_output": True}}, True),
-        ({"parameters": {"binary_data_output": False}}, False),
-        ({"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}, True),
-        ({"outputs": [{"name": "y"}]}, False),
-        ({"outputs": [{"name": "y", "parameters": 3}]}, False),
+        (..., ..., False),
+        (..., None, False),
+        (..., 3, False),
+        (..., {}, False),
+        (..., {"binary_data": True}, True),
+        (..., {"binary_data": False}, False),
+        (False, {"binary_data": True}, True),
+        (True, ..., True),
+        (True, {}, True),
+        (True, {"binary_data": False}, False),
+        (True, {"binary_data": "no"}, True),
+        (1, {}, False),
+        ("true", {}, False),
     ],
 )
-def test_who_gets_binary_outputs(extra, wanted):
-    assert read({"inputs": [tensor()], **extra}).binary is wanted
+def test_who_gets_binary_outputs(whole, each, wanted):
+    """What an output says of itself goes before what the request says of all."""
+    extra = {} if whole is ... else {"parameters": {"binary_data_output": whole}}
+    output = {"name": "y"} if each is ... else {"name": "y", "parameters": each}
+    request = read({"inputs": [tensor()], "outputs": [output, {"name": "z"}], **extra})
+    outputs = {"y": np.zeros(1, "<f4"), "z": np.zeros(2, "<f4")}
+    raw, buffers = oip.encode_response("m", outputs, binary=request.binary, forms=request.forms)
+    answer = json.loads(raw)
+    assert [each["name"] for each in answer["outputs"]] == ["y", "z"]
+    assert [("data" in each) for each in answer["outputs"]] == [not wanted, whole is not True]
+    assert [buffer.nbytes for buffer in buffers] == [4] * wanted + [8] * (whole is True)
+    assert oip.decode_response(memoryview(raw + b"".join(buffers)), b"%d" % len(raw)).keys() == {"y", "z"}
+
+
+def test_json_and_binary_inputs_in_one_request():
+    inputs = [
+        binary([2], 8) | {"name": "a"},
+        tensor(name="b", shape=[1], data=[7]),
+        binary([1], 7, "BYTES") | {"name": "c"},
+        tensor(name="d", datatype="BOOL", data=[True, False]),
+    ]
+    request = read({"inputs": inputs}, np.array([1, 2], "<f4").tobytes() + b"\x03\0\0\0abc")
+    assert {name: array.tolist() for name, array in request.inputs.items()} == {
+        "a": [1, 2],
+        "b": [7],
+        "c": [b"abc"],
+        "d": [True, False],
+    }
+
+
+def test_unknown_parameters_are_passed_over():
+    extra = {"parameters": {"priority": 3, "sequence_id": "x", "anything": [1]}}
+    inputs = [tensor(parameters={"content_type": "np", "x": None})]
+    outputs = [{"name": "y", "parameters": {"classification": 3}}]
+    assert read({"inputs": inputs, "outputs": outputs, "more": 1, **extra}).outputs == ("y",)
+
+
+@pytest.mark.parametrize("data", [3, [3]])
+def test_a_scalar_stands_alone_or_in_a_list(data):
+    array = read({"inputs": [tensor(shape=[], data=data)]}).inputs["x"]
+    assert (array.shape, array.item()) == ((), 3)
+
+
+@pytest.mark.parametrize(("shape", "data"), [([0], []), ([2, 0], [[], []]), ([2, 0], []), ([0, 3], [])])
+def test_empty_tensors(shape, data):
+    assert read({"inputs": [tensor(shape=shape, data=data)]}).inputs["x"].shape == tuple(shape)
+
+
+@pytest.mark.parametrize(
+    "data", [[[1, 2, 3], [4, 5, 6]], [[[1], [2]], [[3], [4]], [[5], [6]]], [[1, 2, 3, 4, 5, 6]]]
+)
+def test_data_nested_another_way_than_its_shape(data):
+    """Taken as it stands in memory it would be another matrix."""
+    refused("request.shape", {"inputs": [tensor(shape=[3, 2], data=data)]})
+
+
+def test_an_output_asked_for_twice_or_too_many():
+    refused("request.duplicate", {"inputs": [tensor()], "outputs": [{"name": "y"}, {"name": "y"}]})
+    many = [{"name": str(index)} for index in range(oip.MAX_TENSORS + 1)]
+    refused("request.outputs", {"inputs": [tensor()], "outputs": many})
+    refused("request.outputs", {"inputs": [tensor()], "outputs": [{"name": "n" * 257}]})
+
+
+def test_a_byte_that_is_no_boolean():
+    refused("request.data", {"inputs": [binary([3], 3, "BOOL")]}, b"\0\1\2")
+    assert read({"inputs": [binary([2], 2, "BOOL")]}, b"\0\1").inputs["x"].tolist() == [False, True]
+
+
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_side=4)))
+def test_bfloat16_is_the_nearest(array):
+    """ml_dtypes, which comes with jax, is the second opinion."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = array.astype(ml_dtypes.bfloat16)
+    ours = oip.bfloat16(array)
+    nan = np.isnan(array)
+    assert np.array_equal(oip.float32(ours)[~nan], wanted.astype(np.float32)[~nan])
+    assert np.isnan(oip.float32(ours)[nan]).all()
+    header, buffers = oip.encode_request({"x": ours})
+    assert same(read(header, b"".join(buffers)).inputs["x"], ours)
+    assert oip.encode_request({"x": wanted})[0] == header
+
+
+def test_bfloat16_in_json():
+    header, _ = oip.encode_response("m", {"y": oip.bfloat16(np.array([1.5, -2.0, 3.140625]))}, binary=False)
+    assert json.loads(header)["outputs"][0] == {
+        "name": "y",
+        "datatype": "BF16",
+        "shape": [3],
+        "data": [1.5, -2.0, 3.140625],
+    }
+    assert oip.numpy_name("BF16") == "bfloat16"
 
 
 def test_a_request_does_not_show_its_inputs():

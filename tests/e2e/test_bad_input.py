@@ -184,7 +184,7 @@ def test_an_inner_request_that_is_none_is_refused_inside(service: World, client:
         assert got.status_code == 200
         response = bhttp.Response.from_bytes(sealer.open(got.content))
         assert response.status == 400
-        assert json.loads(bytes(response.content))["error"] != "internal"
+        assert json.loads(bytes(response.content))["code"] != "internal"
 
 
 # Outer bodies.

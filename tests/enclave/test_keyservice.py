@@ -25,10 +25,10 @@ from cloister.core.protocol.limits import MAX_POOLS
 from cloister.core.protocol.pool import Pool
 from cloister.core.protocol.release import Release, ReleaseRequest, SealedRelease, release_info
 from cloister.core.protocol.statement import ServingOptions, Statement
-from cloister.enclave.keyservice import challenges as challenge_module
+from cloister.enclave import challenges as challenge_module
+from cloister.enclave.challenges import LIFETIME, Challenges
 from cloister.enclave.keyservice import documents as documents_module
 from cloister.enclave.keyservice import possession as possession_module
-from cloister.enclave.keyservice.challenges import LIFETIME, Challenges
 from cloister.enclave.keyservice.epochs import Epochs
 from cloister.enclave.keyservice.routes import KeyServiceRoutes
 from cloister.enclave.keyservice.service import MAX_APPRAISALS, REFUSALS_PER_MINUTE

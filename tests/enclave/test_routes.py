@@ -197,7 +197,7 @@ async def test_an_answer_in_both_forms(bench):
     response = await bench.ask(content=content.encode())
     assert response.field(b"content-type") == b"application/json"
     answer = json.loads(bytes(response.content))
-    assert answer["id"] == "a"
+    assert (answer["id"], answer["model_version"]) == ("a", "1")
     assert [each["name"] for each in answer["outputs"]] == ["y", "copy"]
     assert answer["outputs"][0]["data"] == [2, 4, 6, 8]
     assert "open;dur=0.000, build;dur=0.000" in response.field(b"server-timing").decode()
@@ -225,13 +225,17 @@ async def test_health_needs_none(bench):
     for path, wanted in (
         (b"/v2/health/live", {"live": True}),
         (b"/v2/health/ready", {"ready": True}),
-        (b"/v2", {"name": "cloister", "version": "1", "extensions": ["binary_tensor_data"]}),
+        (
+            b"/v2",
+            {"name": "cloister", "version": "1", "extensions": ["binary_tensor_data", "model_repository"]},
+        ),
     ):
         response = await bench.ask(method=b"GET", path=path, authorization=b"")
         assert json.loads(bytes(response.content)) == wanted
     bench.membership.active = False
-    response = await bench.ask(method=b"GET", path=b"/v2/health/ready", authorization=b"")
-    assert json.loads(bytes(response.content)) == {"ready": False}
+    await bench.refused(
+        LeaseExpired, "lease-expired", method=b"GET", path=b"/v2/health/ready", authorization=b""
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,6 +254,21 @@ async def test_health_needs_none(bench):
 )
 async def test_other_routes(bench, method, path):
     await bench.refused(NotFound, "not-found.route", method=method, path=path)
+
+
+@pytest.mark.parametrize("version", ["2", "", "01", "1/versions/1", "latest"])
+@pytest.mark.parametrize("action", ["", "/ready", "/infer"])
+async def test_another_version(bench, version, action):
+    path = f"/v2/models/{bench.model.model}/versions/{version}{action}".encode()
+    method = b"POST" if action == "/infer" else b"GET"
+    await bench.refused(NotFound, "not-found.version", method=method, path=path)
+
+
+async def test_every_route_with_and_without_a_version(bench):
+    path = f"/v2/models/{bench.model.model}".encode()
+    for versioned in (path, path + b"/versions/1"):
+        for method, action in ((b"GET", b""), (b"GET", b"/ready"), (b"POST", b"/infer")):
+            assert (await bench.ask(method=method, path=versioned + action)).status == 200
 
 
 async def test_a_path_of_other_bytes(bench):

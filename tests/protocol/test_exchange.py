@@ -155,11 +155,23 @@ def test_an_error_of_a_kind_below_ours_travels_as_its_parent():
     assert type(problem.from_bytes(problem.to_bytes(Own("x")))) is errors.Tampered
 
 
+def test_an_error_is_one_of_the_open_inference_protocol_too():
+    """Its clients show what stands in `error`."""
+    sent = errors.InvalidRequest(
+        "other inputs", code="request.inputs", claim="inputs", expected="x", actual="y"
+    )
+    found = json.loads(problem.to_bytes(sent))
+    assert found["error"] == "other inputs: expected x, found y"
+    assert (found["code"], found["kind"], found["expected"]) == ("request.inputs", "InvalidRequest", "x")
+    back = problem.from_bytes(b'{"error": "from another server"}')
+    assert (back.message, back.code) == ("from another server", "error")
+
+
 @pytest.mark.parametrize(
     "kind", ["", "Exception", "SystemExit", "__builtins__", "annotations", "ClassVar", "x"]
 )
 def test_a_peer_names_none_but_our_errors(kind):
-    back = problem.from_bytes(json.dumps({"kind": kind, "error": "e"}).encode())
+    back = problem.from_bytes(json.dumps({"kind": kind, "code": "e"}).encode())
     assert type(back) is CloisterError
     assert back.code == "e"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from cloister.client.identity import Identity
 from cloister.client.session import Session, model_path
 from cloister.core import oip
 from cloister.core.ohttp import bhttp
+from cloister.core.protocol import repository
 from cloister.core.protocol.document import VerifiedDocument
 from cloister.core.protocol.flow import Flow
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
@@ -134,6 +136,13 @@ class _Base:
         response = yield from self._session.request(model, inner)
         return bytes(response.content)
 
+    def _index(self, model: str) -> Flow[list[dict[str, str]]]:
+        model = self._session.resolve(model)
+        inner = bhttp.Request(method=b"POST", path=repository.INDEX, content=b"{}")
+        response = yield from self._session.request(model, inner)
+        entries: list[dict[str, str]] = json.loads(bytes(response.content))
+        return entries
+
 
 class Client(_Base):
     """A synchronous client of one service. Use it as a context manager, from one thread at a time.
@@ -194,6 +203,14 @@ class Client(_Base):
         """The model's metadata (JSON, Open Inference Protocol)."""
         return self._carrier.run(self._metadata(model))
 
+    def index(self, model: str) -> list[dict[str, str]]:
+        """The models of the same owner and pool that are granted to this user (model repository extension).
+
+        Each has ``name``, ``version``, ``state`` (``READY`` where the worker that answers holds it in memory)
+        and ``reason``.
+        """
+        return self._carrier.run(self._index(model))
+
     def send(self, model: str, inner: bhttp.Request) -> bhttp.Response:
         """Send any inner request for a model."""
         return self._carrier.run(self._session.request(model, inner))
@@ -246,6 +263,10 @@ class AsyncClient(_Base):
     async def metadata(self, model: str) -> bytes:
         """As `Client.metadata`."""
         return await self._carrier.run(self._metadata(model))
+
+    async def index(self, model: str) -> list[dict[str, str]]:
+        """As `Client.index`."""
+        return await self._carrier.run(self._index(model))
 
     async def send(self, model: str, inner: bhttp.Request) -> bhttp.Response:
         """As `Client.send`."""

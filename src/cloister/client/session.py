@@ -22,7 +22,7 @@ from urllib.parse import unquote_to_bytes
 from cloister.client.identity import Identity
 from cloister.core.ohttp import bhttp, encapsulation
 from cloister.core.ohttp.keyconfig import select
-from cloister.core.protocol import outer
+from cloister.core.protocol import outer, repository
 from cloister.core.protocol.authorization import FIELD, REQUEST_ID_SIZE, RequestAuthorization, RequestContext
 from cloister.core.protocol.conversation import Conversation, StaleKey, finish_exchange
 from cloister.core.protocol.document import PoolEntry, ServedModel, ServiceDocument, VerifiedDocument
@@ -216,25 +216,26 @@ class Session:
                 "the client has no identity to sign with", code="identity.none", hint="Pass identity=..."
             )
         place = self._place(model)
-        identity, prepared = self.identity, self._prepared.pop(model, None)
+        subject = repository.ENTIRE if inner.path == repository.INDEX else model
+        identity, prepared = self.identity, self._prepared.pop(model, None) if subject == model else None
         if (
             prepared is None
             or prepared.place is not place
             or not 0 <= self.now() - prepared.made <= PREPARED_LIFETIME
         ):
-            prepared = self._prepare(place, model, identity)
+            prepared = self._prepare(place, model, identity, subject)
         field_line = (FIELD, prepared.authorization.to_field())
         signed = replace(inner, fields=(*inner.fields, field_line))
         hints = () if self.pool_only else ((outer.MODEL, model.encode()),)
 
         def meanwhile() -> None:
             if model in self._prepared or len(self._prepared) < MAX_PREPARED:
-                self._prepared[model] = self._prepare(place, model, identity)
+                self._prepared[model] = self._prepare(place, model, identity, model)
 
         pool = place.pool_id.hex().encode()
         return (yield from finish_exchange(prepared.sealer, pool, signed, hints, meanwhile))
 
-    def _prepare(self, place: _Place, model: str, identity: Identity) -> _Prepared:
+    def _prepare(self, place: _Place, model: str, identity: Identity, subject: str) -> _Prepared:
         """Encapsulate a key (step 3) and sign it (step 4): both can be done before there is a request."""
         configuration, suite = select(place.entry.keys)
         sealer, now, consent = encapsulation.begin(configuration, suite), self.now(), self.policy.consent
@@ -242,7 +243,7 @@ class Session:
             service=self.policy.service,
             pool=place.pool_id,
             epoch=place.entry.epoch,
-            model=model,
+            model=subject,
             enc=sealer.enc,
         )
         authorization = RequestAuthorization.sign(

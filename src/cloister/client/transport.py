@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import httpx
 
 from cloister.client.client import AsyncClient, Client
+from cloister.client.identity import Identity
 from cloister.client.session import model_of, path_of
 from cloister.core.ohttp import bhttp
 from cloister.core.protocol import problem
-from cloister.errors import CloisterError, Unavailable
+from cloister.core.protocol.trust import UserPolicy
+from cloister.errors import CloisterError, TransportError
 
 # Fields of the outer hop; inside an encapsulation they mean nothing, or would tell what needn't be told.
 _HOP: Final = frozenset(
@@ -58,6 +61,40 @@ class AsyncCloisterTransport(httpx.AsyncBaseTransport):
         await self._client.aclose()
 
 
+def httpx_transport(
+    url: str,
+    *,
+    policy: UserPolicy,
+    identity: Identity,
+    memory: Path | None = None,
+    aliases: dict[str, str] | None = None,
+) -> CloisterTransport:
+    """A transport with a client of its own: for ``httpx.Client(transport=...)``, which closes it.
+
+    Args:
+        url: Of any gateway of the service; nothing about it is trusted.
+        policy: What must hold before a request leaves.
+        identity: Who asks.
+        memory: File that keeps what was seen of the service between runs.
+        aliases: Short names for model ids, in paths.
+    """
+    return CloisterTransport(Client(url, policy=policy, identity=identity, memory=memory, aliases=aliases))
+
+
+def async_httpx_transport(
+    url: str,
+    *,
+    policy: UserPolicy,
+    identity: Identity,
+    memory: Path | None = None,
+    aliases: dict[str, str] | None = None,
+) -> AsyncCloisterTransport:
+    """The same for ``httpx.AsyncClient(transport=...)``."""
+    return AsyncCloisterTransport(
+        AsyncClient(url, policy=policy, identity=identity, memory=memory, aliases=aliases)
+    )
+
+
 def _inner(request: httpx.Request, model: str, content: bytes) -> bhttp.Request:
     fields = tuple((name.lower(), value) for name, value in request.headers.raw if name.lower() not in _HOP)
     path = path_of(request.url.raw_path, model)
@@ -71,7 +108,7 @@ def _response(inner: bhttp.Response, request: httpx.Request) -> httpx.Response:
 
 
 def _problem(error: CloisterError, request: httpx.Request) -> httpx.Response:
-    if isinstance(error, Unavailable):
+    if isinstance(error, TransportError):  # nobody answered; what an enclave answers has a status
         raise httpx.TransportError(str(error), request=request) from error
     return httpx.Response(
         problem.status_of(error),

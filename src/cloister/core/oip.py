@@ -3,12 +3,16 @@
 Source: https://github.com/kserve/open-inference-protocol and Triton's binary tensor data extension. Binary
 inputs are read and binary outputs are written without a copy of their own. Needs NumPy; nothing else in
 `cloister.core` does.
+
+NumPy has no bfloat16, so a BF16 tensor is an array of `BFLOAT16`: the 16 bits of each element under a name of
+their own. `bfloat16` and `float32` convert.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,7 +25,10 @@ HEADER_LENGTH: Final = b"inference-header-content-length"
 MAX_HEADER: Final = 8 << 20  # bytes of JSON
 MAX_TENSORS: Final = 256
 MAX_RANK: Final = 32
+VERSION: Final = "1"  # of every model: a newer one replaces it under a new statement
 MAX_TENSOR: Final = 64 << 20  # bytes, as if no side were zero: a model may turn such a side into another
+
+BFLOAT16: Final = np.dtype([("bfloat16", "<u2")])
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -34,6 +41,7 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "INT32": np.dtype("<i4"),
     "INT64": np.dtype("<i8"),
     "FP16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),
@@ -51,19 +59,23 @@ class InferenceRequest:
         inputs: Input name -> array; binary inputs are views into the request.
         outputs: Names of the outputs wanted; empty for all.
         id: The caller's own id, echoed.
-        binary: Whether the outputs shall be binary.
+        binary: Whether outputs shall be binary where `forms` doesn't say.
+        forms: Output name -> whether that output shall be binary.
     """
 
     inputs: dict[str, Array] = field(repr=False)
     outputs: tuple[str, ...] = ()
     id: str = ""
-    binary: bool = True
+    binary: bool = False
+    forms: dict[str, bool] = field(default_factory=dict)
 
 
 def datatype(array: Array) -> str:
     """The protocol's name of an array's type; raises InvalidRequest for a type that it doesn't have."""
     if array.dtype.kind in "SU":
         return "BYTES"
+    if _is_bfloat16(array.dtype):
+        return "BF16"
     name = _NAMES.get(array.dtype.newbyteorder("<") if array.dtype.kind not in "bO" else array.dtype)
     if name is None:
         raise InvalidRequest(
@@ -79,7 +91,23 @@ def datatype(array: Array) -> str:
 
 def numpy_name(kind: str) -> str:
     """NumPy's name of a datatype of the protocol, such as ``float32`` for ``FP32``."""
-    return "text or bytes" if kind == "BYTES" else DTYPES[kind].name
+    return {"BYTES": "text or bytes", "BF16": "bfloat16"}.get(kind) or DTYPES[kind].name
+
+
+def bfloat16(array: Array) -> Array:
+    """Numbers as BF16, rounded to the nearest, ties to even; what is too large becomes infinite."""
+    given = np.asarray(array, dtype="<f4")
+    bits = given.reshape(-1).view("<u4")
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    quiet = ((bits >> 16) | 0x40).astype("<u2")  # else the rounding could make a NaN infinite, or zero
+    made = np.where(np.isnan(bits.view("<f4")), quiet, rounded).astype("<u2")
+    return made.view(BFLOAT16).reshape(given.shape)
+
+
+def float32(array: Array) -> Array:
+    """A BF16 array as float32, exactly."""
+    bits = _bits(array).reshape(-1).astype("<u4") << 16
+    return bits.view("<f4").reshape(array.shape)
 
 
 def encode_request(
@@ -96,14 +124,32 @@ def encode_request(
 
 
 def encode_response(
-    model: str, outputs: dict[str, Array], *, binary: bool, request_id: str = ""
+    model: str,
+    outputs: dict[str, Array],
+    *,
+    binary: bool,
+    forms: Mapping[str, bool] | None = None,
+    request_id: str = "",
 ) -> tuple[bytes, list[memoryview]]:
-    """A response: the JSON header, and the buffers that follow it where the tensors are binary."""
-    if binary:
-        tensors, buffers = _binary_tensors(outputs)
-    else:
-        tensors, buffers = [_json_tensor(name, array) for name, array in outputs.items()], []
-    header: dict[str, Any] = {"model_name": model, "outputs": tensors}
+    """A response: the JSON header, and the buffers of its binary tensors, which follow it.
+
+    Args:
+        model: The model's id.
+        outputs: Output name -> array, in the order that was asked for.
+        binary: Whether tensors are binary where ``forms`` doesn't say.
+        forms: Output name -> whether that tensor is binary.
+        request_id: The caller's own; left out where it is empty.
+    """
+    tensors: list[dict[str, Any]] = []
+    buffers: list[memoryview] = []
+    for name, array in outputs.items():
+        if (forms or {}).get(name, binary):
+            tensor, buffer = _binary_tensor(name, array)
+            tensors.append(tensor)
+            buffers.append(buffer)
+        else:
+            tensors.append(_json_tensor(name, array))
+    header: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": tensors}
     if request_id:
         header["id"] = request_id
     return json.dumps(header, separators=(",", ":"), allow_nan=True).encode(), buffers
@@ -122,25 +168,17 @@ def decode_request(content: memoryview, header_length: bytes | None) -> Inferenc
     header, binary = _split(content, header_length)
     if not isinstance(header.get("inputs"), list) or not header["inputs"]:
         raise _bad("request.inputs", "inputs", "a list of tensors", "none")
-    wanted = header.get("outputs", [])
-    if not isinstance(wanted, list) or not all(
-        isinstance(item, dict) and isinstance(item.get("name"), str) for item in wanted
-    ):
-        raise _bad("request.outputs", "outputs", "a list of named outputs", "something else")
     request_id = header.get("id", "")
     parameters = header.get("parameters", {})
     if not isinstance(request_id, str) or len(request_id) > 256 or not isinstance(parameters, dict):
         raise _bad("request.header", "id and parameters", "text and a map", "something else")
-    asked = [
-        item.get("parameters", {}).get("binary_data")
-        for item in wanted
-        if isinstance(item.get("parameters", {}), dict)
-    ]
+    wanted = _wanted(header.get("outputs", []))
     return InferenceRequest(
         inputs=_decode_tensors(header["inputs"], binary),
-        outputs=tuple(item["name"] for item in wanted),
+        outputs=tuple(wanted),
         id=request_id,
-        binary=bool(parameters.get("binary_data_output", any(asked))),
+        binary=parameters.get("binary_data_output") is True,
+        forms={name: form for name, form in wanted.items() if form is not None},
     )
 
 
@@ -154,6 +192,23 @@ def decode_response(content: memoryview, header_length: bytes | None) -> dict[st
     if not isinstance(header.get("outputs"), list):
         raise _bad("request.outputs", "outputs", "a list of tensors", "none")
     return _decode_tensors(header["outputs"], binary)
+
+
+def _wanted(outputs: Any) -> dict[str, bool | None]:
+    """The outputs asked for, in that order, and for each whether it shall be binary; None: it isn't said."""
+    wanted: dict[str, bool | None] = {}
+    if not isinstance(outputs, list) or len(outputs) > MAX_TENSORS:
+        raise _bad("request.outputs", "outputs", f"a list of at most {MAX_TENSORS}", "something else")
+    for item in outputs:
+        name = item.get("name") if isinstance(item, dict) else None
+        if not isinstance(name, str) or len(name) > 256:
+            raise _bad("request.outputs", "outputs", "a list of named outputs", "something else")
+        if name in wanted:
+            raise _bad("request.duplicate", "output name", "unique", name)
+        parameters = item.get("parameters")
+        form = parameters.get("binary_data") if isinstance(parameters, dict) else None
+        wanted[name] = form if isinstance(form, bool) else None
+    return wanted
 
 
 def _split(content: memoryview, header_length: bytes | None) -> tuple[dict[str, Any], memoryview]:
@@ -237,6 +292,8 @@ def _from_binary(name: str, data: memoryview, dtype: np.dtype[Any], shape: tuple
         raise _bad(
             "request.binary-size", f"binary data of {name}", f"{count * dtype.itemsize} B", f"{len(data)} B"
         )
+    if dtype.kind == "b" and count and np.frombuffer(data, dtype=np.uint8).max() > 1:
+        raise _bad("request.data", f"data of {name}", "bytes 0 and 1", "others")
     try:
         return np.frombuffer(data, dtype=dtype).reshape(shape)
     except ValueError as error:  # such as two sides whose product overflows beside one that is zero
@@ -257,7 +314,7 @@ def _split_bytes(name: str, data: memoryview) -> list[bytes]:
 
 
 def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    flat = _flatten(name, data, math.prod(shape))
+    flat = _flatten(name, data, shape)
     if dtype.kind == "O":
         if not all(isinstance(item, str) for item in flat):
             raise _bad("request.data", f"data of {name}", "text", "something else")
@@ -270,46 +327,70 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...
         return np.array([*items, None], dtype=object)[:-1].reshape(shape)
     kinds = {"b": bool, "i": int, "u": int}.get(dtype.kind)
     if not all(type(item) is kinds if kinds else type(item) in (int, float) for item in flat):
-        raise _bad("request.data", f"data of {name}", dtype, "another type")
+        raise _bad("request.data", f"data of {name}", _name_of(dtype), "another type")
     try:
         with np.errstate(over="raise"):  # a number beyond the datatype must not become infinity
-            return np.array(flat, dtype=dtype).reshape(shape)
+            return _numbers(flat, dtype).reshape(shape)
     except (ValueError, ArithmeticError, TypeError) as error:
         raise InvalidRequest(
-            "a value does not fit its datatype", code="request.data", claim=f"data of {name}", expected=dtype
+            "a value does not fit its datatype",
+            code="request.data",
+            claim=f"data of {name}",
+            expected=_name_of(dtype),
         ) from error
 
 
-def _flatten(name: str, data: Any, count: int) -> list[Any]:
+def _numbers(flat: list[Any], dtype: np.dtype[Any]) -> Array:
+    if dtype != BFLOAT16:
+        return np.array(flat, dtype=dtype)
+    given = np.array(flat, dtype="<f4")
+    made = bfloat16(given)
+    if not np.array_equal(np.isinf(float32(made)), np.isinf(given)):
+        raise OverflowError
+    return made
+
+
+def _flatten(name: str, data: Any, shape: tuple[int, ...]) -> list[Any]:
+    """The elements of flat data, or of data nested as the shape is; a scalar may also stand alone."""
+    if not shape and not isinstance(data, list):
+        data = [data]
     if not isinstance(data, list):
         raise _bad("request.data", f"data of {name}", "a list", "none")
     flat: list[Any] = data
+    sides = [len(flat)]
     for _ in range(MAX_RANK):
         if not any(isinstance(item, list) for item in flat):
             break
-        if not all(isinstance(item, list) for item in flat):
+        if not all(isinstance(item, list) and len(item) == len(flat[0]) for item in flat):
             raise _bad("request.shape", f"data of {name}", "nested evenly", "a mixture")
+        sides.append(len(flat[0]))
         flat = [item for part in flat for item in part]
+    count = math.prod(shape)
     if len(flat) != count or any(isinstance(item, list) for item in flat):
         raise _bad("request.shape", f"elements of {name}", count, len(flat))
+    if len(sides) > 1 and count and tuple(sides) != shape:
+        raise _bad("request.shape", f"nesting of {name}", list(shape), sides)
     return flat
 
 
 def _binary_tensors(arrays: dict[str, Array]) -> tuple[list[dict[str, Any]], list[memoryview]]:
-    tensors: list[dict[str, Any]] = []
-    buffers: list[memoryview] = []
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise _bad("request.datatype", f"input {name}", "a numpy array", type(array).__name__)
-        kind = datatype(array)
-        buffer = _bytes_elements(array) if kind == "BYTES" else _little_endian(array)
-        parameters = {"binary_data_size": buffer.nbytes}
-        tensors.append({"name": name, "datatype": kind, "shape": list(array.shape), "parameters": parameters})
-        buffers.append(buffer)
-    return tensors, buffers
+    made = [_binary_tensor(name, array) for name, array in arrays.items()]
+    return [tensor for tensor, _ in made], [buffer for _, buffer in made]
+
+
+def _binary_tensor(name: str, array: Array) -> tuple[dict[str, Any], memoryview]:
+    if not isinstance(array, np.ndarray):
+        raise _bad("request.datatype", f"input {name}", "a numpy array", type(array).__name__)
+    kind = datatype(array)
+    buffer = _bytes_elements(array) if kind == "BYTES" else _little_endian(array)
+    parameters = {"binary_data_size": buffer.nbytes}
+    tensor = {"name": name, "datatype": kind, "shape": list(array.shape), "parameters": parameters}
+    return tensor, buffer
 
 
 def _little_endian(array: Array) -> memoryview:
+    if _is_bfloat16(array.dtype):
+        array = _bits(array)
     plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return plain.reshape(-1).view(np.uint8).data if plain.size else memoryview(b"")
 
@@ -326,10 +407,23 @@ def _bytes_elements(array: Array) -> memoryview:
 
 def _json_tensor(name: str, array: Array) -> dict[str, Any]:
     kind = datatype(array)
-    data = array.reshape(-1).tolist()
+    data = (float32(array) if kind == "BF16" else array).reshape(-1).tolist()
     if kind == "BYTES":
         data = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in data]
     return {"name": name, "datatype": kind, "shape": list(array.shape), "data": data}
+
+
+def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether a type is ours, or the one that ml_dtypes adds to NumPy."""
+    return dtype == BFLOAT16 or (dtype.name == "bfloat16" and dtype.itemsize == 2)
+
+
+def _bits(array: Array) -> Array:
+    return np.ascontiguousarray(array).view("<u2").reshape(array.shape)
+
+
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return "bfloat16" if dtype == BFLOAT16 else dtype.name
 
 
 def _bad(code: str, claim: str, expected: object, actual: object) -> InvalidRequest:

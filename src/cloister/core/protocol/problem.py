@@ -1,4 +1,7 @@
-"""Errors as they travel inside the encapsulation (RFC 9457), and the one table from errors to HTTP."""
+"""Errors as they travel inside the encapsulation, and the one table from errors to HTTP.
+
+One document is a problem of RFC 9457 and an error of the Open Inference Protocol, whose ``error`` is a text.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from cloister import errors
 from cloister.errors import CloisterError
 
 MEDIA_TYPE: Final = b"application/problem+json"
-MAX_PROBLEM: Final = 16 << 10  # bytes
+MAX_PROBLEM: Final = 64 << 10  # bytes
 
 # The first class that fits decides.
 _STATUS: Final[tuple[tuple[type[CloisterError], int], ...]] = (
@@ -31,8 +34,11 @@ def status_of(error: CloisterError) -> int:
 
 
 def to_bytes(error: CloisterError) -> bytes:
-    """The problem document of an error: its kind, its code, and what was compared."""
-    return json.dumps({"kind": _kind(error), **error.to_dict()}).encode()
+    """The problem document of an error: its text, its kind, its code, and what was compared."""
+    parts = error.to_dict()
+    return json.dumps(
+        {"kind": _kind(error), "code": parts.pop("error"), "error": str(error), **parts}
+    ).encode()
 
 
 def from_bytes(raw: bytes | memoryview) -> CloisterError:
@@ -45,8 +51,8 @@ def from_bytes(raw: bytes | memoryview) -> CloisterError:
         return CloisterError("the enclave answered with an unreadable error", code="problem")
     kind = getattr(errors, problem.get("kind", ""), None) if problem.get("kind") in errors.__all__ else None
     return (kind or CloisterError)(
-        problem.get("message", ""),
-        code=problem.get("error", ""),
+        problem.get("message", "") or problem.get("error", ""),
+        code=problem.get("code", ""),
         claim=problem.get("claim", ""),
         expected=problem.get("expected", ""),
         actual=problem.get("actual", ""),

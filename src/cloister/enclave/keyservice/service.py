@@ -39,7 +39,7 @@ from cloister.core.secret import Secret
 from cloister.core.verifier.appraisal import appraise
 from cloister.core.verifier.result import CollateralMemory
 from cloister.enclave.attester import Attester
-from cloister.enclave.keyservice.challenges import Challenges
+from cloister.enclave.challenges import Challenges
 from cloister.enclave.keyservice.documents import DocumentMaker
 from cloister.enclave.keyservice.log import Log
 from cloister.enclave.keyservice.possession import PossessionDesk

@@ -19,6 +19,7 @@ from cloister.core.sealing.header import PREFIX_SIZE, SealedHeader, header_size
 from cloister.core.sealing.unseal import Unsealer
 from cloister.enclave.link import HostLink
 from cloister.enclave.memory import overwrite_freed
+from cloister.enclave.worker import bfloat16
 from cloister.enclave.worker.graph import WEIGHTS, require_safe
 from cloister.enclave.worker.membership import LiveModel
 from cloister.errors import BindingRefused, FormatError, InvalidRequest, Overloaded, Tampered
@@ -35,6 +36,7 @@ _DATATYPES: Final = {
     "tensor(int32)": "INT32",
     "tensor(int64)": "INT64",
     "tensor(float16)": "FP16",
+    "tensor(bfloat16)": "BF16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
@@ -109,8 +111,11 @@ class LoadedModel:
     def run(self, inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
         """Run the model; blocking. Raises InvalidRequest where ONNX Runtime refuses the input."""
         names = list(outputs) or [spec.name for spec in self.outputs]
+        special = any(spec.datatype == "BF16" for spec in (*self.inputs.values(), *self.outputs))
         try:
-            results = self.session.run(names, inputs)
+            results = (
+                bfloat16.run(self.session, names, inputs) if special else self.session.run(names, inputs)
+            )
         except Exception:
             raise InvalidRequest(
                 "the model fails on this input",
@@ -181,6 +186,19 @@ class ModelCache:
         for name, slot in list(self._slots.items()):
             if name not in names and not slot.users:
                 del self._slots[name]
+
+    def holds(self, name: SlotName) -> bool:
+        """Whether a model is in memory, ready to run."""
+        slot = self._slots.get(name)
+        return slot is not None and slot.model is not None
+
+    def drop(self, name: SlotName) -> bool:
+        """Drop a model unless it is in use; True where it is not in memory any more."""
+        slot = self._slots.get(name)
+        if slot is not None and slot.users:
+            return False
+        self._slots.pop(name, None)
+        return True
 
     @property
     def held(self) -> int:

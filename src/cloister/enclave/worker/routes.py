@@ -15,39 +15,42 @@ An inference, numbered as the body cites it:
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
-from urllib.parse import unquote_to_bytes
+from typing import Final
 
 from cloister.core import oip
 from cloister.core.ohttp import bhttp
-from cloister.core.protocol.authorization import FIELD, RequestAuthorization, RequestContext
+from cloister.core.protocol import repository
+from cloister.core.protocol.authorization import RequestAuthorization
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.server import InnerRequest, route_not_found
+from cloister.enclave.worker.access import verify_request
+from cloister.enclave.worker.answers import (
+    JSON,
+    json_response,
+    model_metadata,
+    model_route,
+    server_metadata,
+)
 from cloister.enclave.worker.batching import wipe_arrays
 from cloister.enclave.worker.membership import LiveModel, Membership, lease_expired
-from cloister.enclave.worker.models import LoadedModel, ModelCache, TensorSpec, slot_name
+from cloister.enclave.worker.models import LoadedModel, ModelCache, slot_name
 from cloister.enclave.worker.replay import ReplayGuard
+from cloister.enclave.worker.repository import RepositoryRoutes
 from cloister.enclave.worker.scheduler import Call, Outcome, Place, Scheduler
 from cloister.errors import (
     AccessRefused,
-    BindingRefused,
-    FormatError,
     InvalidRequest,
     NotFound,
     Overloaded,
 )
 
-JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"
 TIMING: Final = b"server-timing"
 DEADLINE: Final = b"cloister-deadline-ms"
 MAX_WAITING: Final = 64  # requests that wait for a renewal
-_PREFIX: Final = b"/v2/models/"
-_VERSION: Final = "1"
 
 
 class WorkerRoutes:
@@ -77,26 +80,41 @@ class WorkerRoutes:
         self._refresh = refresh
         self._waiting = 0  # requests that wait for a renewal
         self._replays = ReplayGuard()
+        self._repository = RepositoryRoutes(
+            membership,
+            models,
+            clock,
+            self._replays,
+            self._scheduler,
+            current=self._current,
+            require_live=self._require_live,
+        )
 
     async def __call__(self, request: InnerRequest) -> bhttp.Response:
         """Answer one inner request."""
         method, path = request.http.method, request.http.path
-        if method == b"GET" and path in (b"/v2/health/live", b"/v2/health/ready"):
-            return _json({"live": True} if path.endswith(b"live") else {"ready": self._membership.active})
+        if method == b"GET" and path == b"/v2/health/live":
+            return json_response({"live": True})
+        if method == b"GET" and path == b"/v2/health/ready":
+            if not self._membership.active:
+                raise lease_expired()  # the protocol's "no" is an error status
+            return json_response({"ready": True})
         if method == b"GET" and path == b"/v2":
-            return _json({"name": "cloister", "version": _VERSION, "extensions": ["binary_tensor_data"]})
-        model, action = _model_route(path)
+            return json_response(server_metadata())
+        if path.startswith(repository.PREFIX):
+            return await self._repository(request)
+        model, action = model_route(path)
         if (method, action) not in ((b"POST", b"infer"), (b"GET", b""), (b"GET", b"ready")):
             raise route_not_found(request)
         live, signed = await self._authorize(request, model)
         with self._scheduler.enter(signed.user) as place:  # after the grant: strangers can't take places
             self._membership.spend()  # after the place: what is refused for load costs nothing of the lease
             if action == b"ready":
-                return _json({"name": model, "ready": True})
+                return json_response({"name": model, "ready": True})
             async with self._models.use(live) as (loaded, fresh):
                 self._require_live(model, live)  # the host may have made the load last
                 if action == b"":
-                    return _json(_metadata(model, loaded))
+                    return json_response(model_metadata(model, loaded))
                 asked = _Asked(request=request, live=live, signed=signed, place=place)
                 return await self._infer(asked, loaded, fresh=fresh)
 
@@ -112,26 +130,8 @@ class WorkerRoutes:
         membership = self._membership
         if not membership.active:
             await self._wait_for_renewal()
-        field = request.http.field(FIELD)
-        if field is None:
-            raise AccessRefused(
-                "the request carries no authorization",
-                code="access.authorization",
-                claim="authorization",
-                expected="signed by a user whom the owner grants the model",
-                actual="none",
-            )
-        authorization = RequestAuthorization.from_field(field)
         now = self._clock.now()
-        key = membership.keys.get(request.key_id)
-        if key is None or not key.lives(now):
-            raise BindingRefused(
-                code="binding.epoch", claim="epoch", expected="a live one", actual="one that ended"
-            )
-        context = RequestContext(
-            service=membership.service, pool=membership.pool_id, epoch=key.epoch, model=model, enc=request.enc
-        )
-        authorization.verify(context, now=now)  # step 1
+        authorization = verify_request(membership, request, model, now=now)  # step 1
         live = await self._current(model, authorization.statement)  # step 2
         live.statement.require_grant(authorization.user, now)
         self._replays.admit(  # after the grant: strangers leave nothing behind
@@ -184,6 +184,7 @@ class WorkerRoutes:
                 asked.live.statement.model,
                 outcome.outputs,
                 binary=inference.binary,
+                forms=inference.forms,
                 request_id=inference.id,
             )
             content = bytearray().join((header, *buffers))  # unlike bytes, it can be wiped
@@ -228,21 +229,6 @@ class _Asked:
     place: Place
 
 
-def _model_route(path: bytes) -> tuple[str, bytes]:
-    """Model id and action of ``/v2/models/<owner>/<name>[/versions/1][/infer|/ready]``."""
-    if not path.startswith(_PREFIX):
-        raise NotFound(code="not-found.route", claim="route", expected="/v2/...", actual="another")
-    rest, action = path[len(_PREFIX) :], b""
-    for known in (b"infer", b"ready"):
-        if rest.endswith(b"/" + known):
-            rest, action = rest[: -len(known) - 1], known
-    rest = rest.removesuffix(b"/versions/" + _VERSION.encode())
-    try:
-        return unquote_to_bytes(rest).decode("ascii"), action
-    except UnicodeDecodeError as error:
-        raise FormatError(claim="model id", expected="ASCII", actual="other bytes") from error
-
-
 def _checked(inference: oip.InferenceRequest, loaded: LoadedModel) -> dict[str, oip.Array]:
     if inference.inputs.keys() != loaded.inputs.keys():
         raise InvalidRequest(
@@ -272,23 +258,6 @@ def _deadline(request: InnerRequest) -> float:
             code="request.deadline", claim="deadline", expected="milliseconds", actual="no number"
         )
     return request.arrived + int(field) / 1e3
-
-
-def _metadata(model: str, loaded: LoadedModel) -> dict[str, Any]:
-    def describe(spec: TensorSpec) -> dict[str, Any]:
-        return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
-
-    return {
-        "name": model,
-        "versions": [_VERSION],
-        "platform": "onnxruntime_onnx",
-        "inputs": [describe(spec) for spec in loaded.inputs.values()],
-        "outputs": [describe(spec) for spec in loaded.outputs],
-    }
-
-
-def _json(value: dict[str, Any]) -> bhttp.Response:
-    return bhttp.Response(status=200, fields=((b"content-type", JSON),), content=json.dumps(value).encode())
 
 
 def _superseded(current: LiveModel | None, accepted: bytes) -> AccessRefused:

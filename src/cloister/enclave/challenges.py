@@ -1,4 +1,4 @@
-"""Challenges that cost no memory until used: nonce, expiry, MAC; each is good once (DESIGN, 4.2)."""
+"""Challenges that cost no memory until used: nonce, expiry, MAC; each is good once (DESIGN, 4.2 and 4.5)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Challenges:
         """Refuse a challenge that isn't ours or isn't fresh; costs one MAC.
 
         Raises:
-            BindingRefused: not issued by this start of the service, or expired.
+            BindingRefused: not issued by this object, which dies with its enclave, or expired.
             Replayed: spent already.
         """
         head, mac = challenge[:24], challenge[24:]
@@ -38,7 +38,7 @@ class Challenges:
             raise BindingRefused(
                 code="binding.challenge",
                 claim="challenge",
-                expected="one of this service's",
+                expected="one of this start",
                 actual="another",
             )
         expiry = int.from_bytes(head[16:])
@@ -61,7 +61,7 @@ class Challenges:
             self._spent.popitem(last=False)
         if len(self._spent) >= MAX_SPENT:
             raise Overloaded(
-                claim="releases in a minute", expected=f"at most {MAX_SPENT}", actual=len(self._spent)
+                claim="challenges spent in a minute", expected=f"at most {MAX_SPENT}", actual=len(self._spent)
             )
         self._spent[challenge] = int.from_bytes(challenge[16:24])
 
