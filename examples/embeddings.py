@@ -48,7 +48,8 @@ def openai_client(url: str, policy: UserPolicy, user: Identity, model: str, toke
     embedder = TextEmbedder.from_file(model, tokenizer, max_tokens=minilm.MAX_TOKENS)
     transport = OpenAITransport(Client(url, policy=policy, identity=user), {NAME: embedder})
     http = httpx.Client(transport=transport)
-    return OpenAI(base_url="http://cloister/v1", api_key="unused", http_client=http)
+    # The SDK's types name httpx2; it takes a client of httpx all the same.
+    return OpenAI(base_url="http://cloister/v1", api_key="unused", http_client=http)  # type: ignore[arg-type]
 
 
 def main(texts: list[str]) -> int:

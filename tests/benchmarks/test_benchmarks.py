@@ -30,6 +30,7 @@ SHORT = {
     "attestation": ("--runs", "2", "--largest-batch", "16"),
     "verification": ("--runs", "3"),
     "sealing": ("--mib", "2", "--runs", "2"),
+    "sealed-load": ("--model", "digits", "--runs", "1"),
 }
 FIGURES = {
     "overhead": {
@@ -55,6 +56,17 @@ FIGURES = {
         "possession_batched_us_p50",
     },
     "verification": {f"{tee}_ms_p50" for tee in ("sgx", "tdx", "snp", "nitro", "dcap_qvl")},
+    "sealed-load": {
+        "gb_per_s",
+        "open_gb_per_s",
+        "load_s",
+        "plain_load_s",
+        "peak_mib",
+        "plain_peak_mib",
+        "peak_ratio",
+        "peak_ratio_external",
+        "peak_ratio_lean",
+    },
     "sealing": {"seal_gb_per_s", "open_streamed_gb_per_s", "open_new_gb_per_s", "ratio_open_p50"},
 }
 

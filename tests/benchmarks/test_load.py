@@ -21,6 +21,7 @@ from benchmarks.models import locate  # noqa: E402
 from benchmarks import processes  # noqa: E402
 from cloister.errors import CloisterError, Overloaded  # noqa: E402
 from cloister.net.front import Answer, Head, serve  # noqa: E402
+from support.fronts import whole  # noqa: E402
 
 
 def ask(tmp_path: Path, handler: Callable[[int], Answer], clients: int = 2, seconds: float = 0.2) -> Slice:
@@ -29,6 +30,7 @@ def ask(tmp_path: Path, handler: Callable[[int], Answer], clients: int = 2, seco
     (tmp_path / "answer").write_bytes(b"right")
     asked = 0
 
+    @whole
     async def handle(head: Head, body: memoryview) -> Answer:
         nonlocal asked
         asked += 1

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cloister.enclave.worker.graph import MAX_DEPTH, require_safe
-from cloister.enclave.worker.models import _build
+from cloister.enclave.worker.loading import build_session
 from cloister.errors import CloisterError, FormatError, InvalidRequest
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
@@ -351,7 +351,7 @@ def _locations(message) -> list[str]:
 
 def build(made: onnx.ModelProto | bytes, weights: bytes = WEIGHTS) -> ort.InferenceSession:
     raw = made if isinstance(made, bytes) else made.SerializeToString()
-    return _build(memoryview(raw), memoryview(weights))
+    return build_session(memoryview(raw), memoryview(weights))
 
 
 def test_weights_come_from_memory(tmp_path, monkeypatch):
@@ -394,7 +394,7 @@ def test_onnx_runtimes_own_format_is_not_loaded(tmp_path, monkeypatch):
     raw = (tmp_path / "m.ort").read_bytes()
     assert raw[4:8] == b"ORTM"
     ort.InferenceSession(raw, providers=["CPUExecutionProvider"])
-    monkeypatch.setattr("cloister.enclave.worker.models.require_safe", lambda graph: None)
+    monkeypatch.setattr("cloister.enclave.worker.loading.require_safe", lambda graph: None)
     with pytest.raises(InvalidRequest) as caught:
         build(raw)
     assert caught.value.code == "model.load"

@@ -18,9 +18,9 @@ SECRET, SHIFT, FACTOR = 1234.5, 1000.25, 3.0
 CHILD = """
 import os, sys
 import numpy as np
-from cloister.enclave.worker.models import _build
+from cloister.enclave.worker.loading import build_session
 graph = sys.stdin.buffer.read(int(sys.argv[1]))
-session = _build(memoryview(graph), memoryview(b""), strict=sys.argv[2] == "strict")
+session = build_session(memoryview(graph), memoryview(b""), strict=sys.argv[2] == "strict")
 x = np.full((1, int(sys.argv[3])), float(sys.argv[4]), np.float32)
 for _ in range(3):
     (total,) = session.run(None, {"x": x})

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from cloister.core.secret import Secret
+from cloister.enclave.worker import models
+from cloister.enclave.worker.loading import Built, Opened, build
 from cloister.enclave.worker.models import ModelCache, TensorSpec, slot_name
 from cloister.errors import (
     BindingRefused,
@@ -26,6 +28,25 @@ from support.realm import MemoryHost
 pytestmark = pytest.mark.asyncio
 MIB = 1 << 20
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def weighed(monkeypatch):
+    """Models weigh their plaintext, so that budgets here can be exact; what sessions take varies."""
+
+    def weigh(opened: Opened, *, strict: bool) -> Built:
+        size = opened.region.size
+        return dataclasses.replace(build(opened, strict=strict), memory=size)
+
+    monkeypatch.setattr(models, "build", weigh)
+    monkeypatch.setattr(models, "estimate", lambda size: size)
+
+
+async def settled(cache: ModelCache) -> int:
+    """What the cache holds once threads have freed what it dropped."""
+    if cache._freeing:
+        await asyncio.wait(set(cache._freeing), timeout=5)
+    return cache.held
 
 
 async def load(host: MemoryHost, model: Sealed, budget: int = MIB) -> ModelCache:
@@ -58,7 +79,7 @@ async def test_a_model_in_any_pieces(scale, piece):
     host = hosting(scale)
     host.piece = piece
     cache = await load(host, scale)
-    assert cache.held == len(scale.blob)
+    assert len(scale.blob) - 400 < cache.held <= len(scale.blob)
     async with cache.use(scale.live) as (_, fresh):
         assert not fresh
     assert host.fetched == 1
@@ -211,7 +232,7 @@ async def test_least_recently_used_out_first():
         async with cache.use(model.live):
             pass
     assert await held(cache, one, two, three) == [True, False, True]
-    assert cache.held <= 2 * one.sealed.size + 50
+    assert await settled(cache) <= 2 * one.sealed.size + 50
 
 
 async def test_a_model_in_use_is_never_evicted():
@@ -272,9 +293,9 @@ async def test_a_failed_load_is_tried_again_by_those_who_wait(scale):
         await first
     host.blobs[scale.sealed.blob] = scale.blob
     results = await asyncio.gather(second, return_exceptions=True)
-    assert isinstance(results[0], NotFound) or cache.held == scale.sealed.size
+    assert isinstance(results[0], NotFound) or cache.held <= scale.sealed.size
     await use()
-    assert cache.held == scale.sealed.size
+    assert 0 < cache.held <= scale.sealed.size
 
 
 async def test_a_cancelled_load_leaves_nothing_behind(scale):
@@ -306,7 +327,7 @@ async def test_models_whose_statements_are_gone_are_dropped_when_idle():
     cache.retain({slot_name(one.live.statement)})
     assert await held(cache, one) == [True]
     cache.retain(set())
-    assert cache.held == 0
+    assert await settled(cache) == 0
 
 
 async def test_one_sealed_file_of_two_owners_is_two_models(scale):

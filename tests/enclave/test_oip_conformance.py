@@ -63,7 +63,7 @@ def benches() -> Iterator[dict[tuple[str, int], Bench]]:
     made: dict[tuple[str, int], Bench] = {}
     yield made
     for bench in made.values():
-        bench.executor.shutdown()
+        bench.scheduler.close()
 
 
 def at(benches: dict[tuple[str, int], Bench], kind: str, rank: int) -> Bench:
@@ -181,7 +181,7 @@ WITH_BFLOAT16 = {f"x_{kind}": (kind, 1) for kind in TYPES if kind != "BYTES"}
 def many() -> Iterator[Bench]:
     made = bench_of(MANY)
     yield made
-    made.executor.shutdown()
+    made.scheduler.close()
 
 
 async def test_bfloat16_beside_every_other_datatype_but_strings():
@@ -192,7 +192,7 @@ async def test_bfloat16_beside_every_other_datatype_but_strings():
     got = answer(response)
     for name, (kind, _) in WITH_BFLOAT16.items():
         require_same(kind, got[f"{name}_out"], arrays[name])
-    bench.executor.shutdown()
+    bench.scheduler.close()
 
 
 async def test_bfloat16_beside_strings_is_refused():
@@ -202,7 +202,7 @@ async def test_bfloat16_beside_strings_is_refused():
     await bench.refused(
         InvalidRequest, "request.execution", content=raw + b"".join(buffers), header=b"%d" % len(raw)
     )
-    bench.executor.shutdown()
+    bench.scheduler.close()
 
 
 async def test_all_datatypes_in_one_request_some_in_json_and_some_in_binary(many):

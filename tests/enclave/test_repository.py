@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import json
@@ -104,7 +105,7 @@ class Shelf(Bench):
 def shelf() -> Iterator[Shelf]:
     made = Shelf()
     yield made
-    made.executor.shutdown()
+    made.scheduler.close()
 
 
 def names(entries: list[dict[str, str]]) -> set[str]:
@@ -181,6 +182,7 @@ async def test_the_owner_loads_and_unloads(shelf):
     assert (await shelf.act("load")).status == 200  # again changes nothing
     assert len(shelf.cache._slots) == 1
     assert (await shelf.act("unload", content=b'{"parameters": {"unload_dependents": true}}')).status == 200
+    await asyncio.wait(set(shelf.cache._freeing), timeout=5)  # a thread wipes it
     assert shelf.cache.held == 0
     assert (await shelf.act("unload")).status == 200
     assert (await shelf.ask()).status == 200  # the next request loads it
@@ -221,7 +223,7 @@ async def test_a_copy_at_another_worker_or_after_a_restart(shelf):
     try:
         await again.denied(BindingRefused, "binding.challenge", request)
     finally:
-        again.executor.shutdown()
+        again.scheduler.close()
 
 
 async def test_a_stale_nonce(shelf):
@@ -349,6 +351,14 @@ async def test_a_model_that_is_no_id(shelf, name):
 async def test_nonces_are_free_and_leave_nothing(shelf):
     assert len({await shelf.nonce() for _ in range(50)}) == 50
     assert (shelf.membership.spent, len(shelf.routes._replays)) == (0, 0)
-    shelf.routes._inside = 8
-    with pytest.raises(Overloaded):
-        await shelf.nonce()
+
+
+async def test_a_load_takes_a_place(shelf):
+    places = shelf.scheduler._places
+    held = [shelf.scheduler.enter(bytes([number]) * 32) for number in range(places.capacity)]
+    with pytest.raises(Overloaded) as caught:
+        await shelf.act("load")
+    assert caught.value.claim == "queue"
+    assert not shelf.cache.holds(slot_name(shelf.model.live.statement))
+    held.pop().__exit__(None, None, None)
+    assert (await shelf.act("load")).status == 200

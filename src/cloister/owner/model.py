@@ -94,8 +94,10 @@ class SplitModel:
 
     ``weights`` may be `bytes`, a `bytearray`, a `memoryview` or an array of bytes, and may be empty. ONNX
     Runtime (1.31, measured) keeps only a pointer in the options and copies every initializer while it makes
-    the session: keep the buffer until the session exists, then drop or wipe it, even without graph
-    optimisation. So the peak while loading is twice the weights.
+    the session, so the peak is twice the weights: keep the buffer until the session exists. With
+    ``session.use_external_initializer_file_buffers_directly`` set to ``"1"`` it reads a tensor where it lies
+    if that is aligned for its type, as all are here: keep the buffer, unchanged, while the session lives. So
+    workers load them.
 
     Attributes:
         graph: A serialised ONNX model whose large initializers point into ``"weights"``.
