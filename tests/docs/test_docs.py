@@ -27,10 +27,10 @@ import pytest
 import cloister
 from cloister.cli.site import reference_policy
 from cloister.core.evidence.bundle import Collateral
+from cloister.core.evidence.pem import to_pem
 from cloister.core.protocol.trust import Consent, UserPolicy
 from cloister.core.verifier.anchors import split_certificates
 from cloister.core.verifier.appraisal import AppraisalPolicy
-from cloister.core.verifier.chain import to_pem
 from cloister.core.verifier.claims import CLAIMS
 from cloister.core.verifier.collateral_key import DcapKey
 from cloister.core.verifier.forms import FORMS, Number, Octets, OctetSet

@@ -23,10 +23,10 @@ import cloister
 from cloister.cli import main
 from cloister.cli.output import report, table
 from cloister.cli.up import SETTING_HELP
+from cloister.core.evidence.pem import to_pem
 from cloister.core.protocol.configuration import SETTINGS
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.verifier.anchors import split_certificates
-from cloister.core.verifier.chain import to_pem
 from cloister.errors import AppraisalRefused
 from cloister.owner.policy import ModelPolicy
 from cloister.sim.authority import SimulatedAuthority

@@ -13,6 +13,7 @@ from cloister.core.verifier.chain import AMD, load_chain
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.enclave.attester.stapled import StapledCollateral
 from cloister.errors import EvidenceError, FormatError, Unavailable, UsageError
+from cloister.sim.snp import SnpFlaws
 from support.realm import NOW
 from support.tees import (
     amd,
@@ -101,6 +102,27 @@ def test_a_table_with_a_revocation_list_needs_no_file(tmp_path: Path) -> None:
         snp_report(), CertificateTable.pack(parts).to_bytes()
     )
     assert evidence.collateral == amd_collateral()
+
+
+@pytest.mark.parametrize("table", ["none", "vcek"])
+def test_a_vlek_comes_from_the_table_only(folder: Path, table: str) -> None:
+    """The folder's certificates are the VCEK's, and no command can fetch others."""
+    report = amd().report(report_data=bytes(64), measurement=b"m" * 48, vlek=True)
+    given = amd().certificate_table() if table == "vcek" else b""
+    for stapled in (StapledCollateral(folder), StapledCollateral(None)):
+        with pytest.raises(Unavailable) as caught:
+            stapled.staple_report(report, given)
+        assert told(caught.value) == ("attester.collateral", "VLEK")
+        assert "must put the VLEK into the certificate table" in caught.value.hint
+        assert "cloister" not in caught.value.hint
+
+
+def test_a_vlek_of_the_table_is_stapled(folder: Path) -> None:
+    report = amd().report(report_data=bytes(64), measurement=b"m" * 48, vlek=True)
+    chain = load_chain(amd().collateral(NOW, flaws=SnpFlaws(vlek=True)).certificates, AMD)
+    parts = zip(("VLEK", "ASK", "ARK"), (each.der for each in chain), strict=True)
+    table = CertificateTable.pack(dict(parts)).to_bytes()
+    assert verified(StapledCollateral(folder).staple_report(report, table)).platform.signer == "VLEK"
 
 
 @pytest.mark.parametrize("table", [b"\x01", b"\xff" * 100])

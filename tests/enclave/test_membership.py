@@ -15,12 +15,14 @@ from cloister.core.ohttp import hpke
 from cloister.core.protocol.exchange import Challenge
 from cloister.core.protocol.flow import Outgoing
 from cloister.core.protocol.head import TreeHead
+from cloister.core.protocol.limits import CLOCK_SKEW, MAX_EPOCH
 from cloister.core.protocol.release import (
     PoolKey,
     Release,
     ReleaseRequest,
     SealedRelease,
     WorkerCertificate,
+    release_info,
 )
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.keyservice import routes as routes_module
@@ -51,6 +53,7 @@ from support.realm import (
     STRANGER,
     WORKER,
     Attester,
+    Clock,
     MemoryHost,
     Realm,
     configuration,
@@ -450,9 +453,17 @@ async def test_sealed_statements_swapped_inside(monkeypatch):
 
 
 class Resealing:
-    """Lets a test change a release and seals it again, as only the key service itself could."""
+    """Lets a test change a release and seals it again, as only the key service itself could.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, change: Callable[[Release], Release]) -> None:
+    Where other statements are to be ``announced`` beside it, their digests are bound as the proper ones are.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        change: Callable[[Release], Release],
+        announced: tuple[bytes, ...] | None = None,
+    ) -> None:
         seal = hpke.seal_to
 
         def sealed(suite: Any, public: bytes, plaintext: bytes, *, info: bytes, aad: bytes = b"") -> bytes:
@@ -460,6 +471,17 @@ class Resealing:
             return seal(suite, public, changed, info=info, aad=aad)
 
         monkeypatch.setattr("cloister.enclave.keyservice.service.hpke.seal_to", sealed)
+        if announced is None:
+            return
+        service = "cloister.enclave.keyservice.service"
+        monkeypatch.setattr(
+            f"{service}.release_info",
+            lambda request, *, pool, statements: release_info(request, pool=pool, statements=announced),
+        )
+        monkeypatch.setattr(
+            f"{service}.SealedRelease",
+            lambda *, statements, sealed: SealedRelease(statements=announced, sealed=sealed),
+        )
 
 
 def with_certificate(release: Release, realm: Realm, **changes: Any) -> Release:
@@ -530,15 +552,17 @@ async def test_a_statement_other_than_the_announced_one(monkeypatch):
     joined = await ready()
     other = joined.realm.publication(statement(joined.realm.id, name="other")).statement
     foreign = joined.realm.publication(statement(bytes(32))).statement
-    for signed in (other, foreign):
+    for signed, announced in ((other, None), (foreign, (foreign.open().digest,))):
         with monkeypatch.context() as patch:
             Resealing(
                 patch,
                 lambda release, signed=signed: dataclasses.replace(
                     release, models=(dataclasses.replace(release.models[0], statement=signed),)
                 ),
+                announced=announced,
             )
-            await refused(joined, BindingRefused, "binding.statement")
+            error = await refused(joined, BindingRefused, "binding.statement")
+            assert error.claim == "statement"
 
 
 async def test_fewer_or_more_models_than_announced(monkeypatch):
@@ -659,12 +683,44 @@ async def test_keys_die_though_the_host_cuts_the_link():
     assert joined.worker.keys == {}
 
 
-async def test_keys_die_though_the_host_holds_the_clock(monkeypatch):
+async def test_keys_die_though_the_host_sets_the_clock_back(monkeypatch):
     joined = await ready()
     await joined.worker.renew()
-    started = time.monotonic()
-    monkeypatch.setattr(membership_module.time, "monotonic", lambda: started + 30 * 86400)
+    renewed = time.monotonic()
+    (end,) = {key.not_after for key in joined.worker.keys.values()}
+    joined.realm.clock.time -= 365 * 86400
+    monkeypatch.setattr(membership_module.time, "monotonic", lambda: renewed + end - NOW - 60)
+    assert len(joined.worker.private_keys()) == 2
+    monkeypatch.setattr(membership_module.time, "monotonic", lambda: renewed + end - NOW)
     assert joined.worker.private_keys() == []
+
+
+async def test_no_key_lives_longer_than_an_epoch_may_last(monkeypatch):
+    """Not even one for which the key service has said a year, where the host holds the clock."""
+    joined = await ready()
+
+    def lengthen(release: Release) -> Release:
+        keys = (dataclasses.replace(key, not_after=NOW + 365 * 86400) for key in release.pool_keys)
+        return dataclasses.replace(release, pool_keys=tuple(keys))
+
+    with monkeypatch.context() as patch:
+        Resealing(patch, lengthen)
+        await joined.worker.renew()
+    renewed = time.monotonic()
+    assert len(joined.worker.private_keys()) == 2
+    monkeypatch.setattr(membership_module.time, "monotonic", lambda: renewed + MAX_EPOCH + CLOCK_SKEW)
+    assert joined.worker.private_keys() == []
+
+
+async def test_the_clock_never_falls_behind_a_head():
+    """A host that lets the worker's clock run late can't make it believe what had ended by the log's time."""
+    joined = await ready()
+    late = Clock(NOW - 60)
+    configuration = joined.realm.worker_configuration()
+    worker = Membership(joined.link, joined.attester, configuration, HintedClock(late))  # type: ignore[arg-type]
+    await worker.renew()
+    assert worker.head.time > late.time
+    assert worker._clock.now() == worker.head.time
 
 
 async def test_a_head_is_remembered_whatever_becomes_of_the_release():

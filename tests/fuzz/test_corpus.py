@@ -29,6 +29,7 @@ WITHIN = {
     "protocol.document.keys_from_data": "message-service-document",
     "protocol.head.hashes_from_data": "message-challenge",
     "verifier.collateral.load_chains": "verify",
+    "verifier.snp.read_extensions": "verify",
     "encoding.decode": "encoding",
     "ohttp.kem.PrivateKey.from_bytes": "",  # our own keys
     "ohttp.hpke.open_from": "encapsulated-request",

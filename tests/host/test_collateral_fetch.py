@@ -10,17 +10,23 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloister.core.evidence.pem import to_pem
+from cloister.core.evidence.snp import SnpTcb
 from cloister.core.verifier.chain import AMD, load_chain, load_crl
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey
 from cloister.errors import CloisterError, EvidenceRefused, FormatError, NotFound, Unavailable, UsageError
 from cloister.host.collateral import Service, fetch_dcap, fetch_snp, fetch_snp_crl
 from cloister.host.collateral.pcs import INTEL_ROOT_CRL, require_coherent, signed_member
 from cloister.host.collateral.service import require_url
+from cloister.sim import pki
 from cloister.sim.authority import FMSPC, SimulatedAuthority
-from cloister.sim.snp import SimulatedAmd
+from cloister.sim.pki import raw_sign
+from cloister.sim.snp import SimulatedAmd, SnpFlaws
 from support.vendors import NOW, Answer, VendorServer
 
 SGX = DcapKey(tee="sgx", fmspc=FMSPC, ca="processor")
@@ -31,6 +37,11 @@ TDX = DcapKey(tee="tdx", fmspc=FMSPC, ca="processor")
 def service() -> Iterator[Service]:
     with Service() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> SimulatedAuthority:
+    return SimulatedAuthority.create(tmp_path_factory.mktemp("other"), now=NOW)
 
 
 def chip(amd: SimulatedAmd) -> SnpKey:
@@ -160,6 +171,24 @@ def test_a_service_that_drips_is_given_up(vendors: VendorServer) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_a_head_that_drips_is_given_up(vendors: VendorServer) -> None:
+    vendors.head_pause = 0.02
+    began = time.monotonic()
+    with Service(deadline=0.3) as service, pytest.raises(Unavailable) as caught:
+        fetch_dcap(service, SGX, now=NOW, pcs=vendors.url)
+    assert (caught.value.code, time.monotonic() - began < 5) == ("collateral.service", True)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(vendors: VendorServer, service: Service, status: int) -> None:
+    elsewhere = PATHS[3].replace("sgx", "tdx")
+    vendors.replaced[PATHS[3]] = lambda proper: (status, {"Location": elsewhere}, b"")
+    with pytest.raises(Unavailable) as caught:
+        fetch_dcap(service, SGX, now=NOW, pcs=vendors.url)
+    assert (caught.value.code, caught.value.actual) == ("collateral.service", str(status))
+    assert elsewhere not in vendors.asked
+
+
 def test_a_service_that_is_away_is_unavailable(vendors: VendorServer, service: Service) -> None:
     vendors.close()
     with pytest.raises(Unavailable) as caught:
@@ -246,6 +275,44 @@ class TestCoherence:
         text = getattr(vendors.collateral["sgx"], part)
         error = self.refused(vendors, EvidenceRefused, **{part: text.replace(b":", b": ", 1)})
         assert error.code == "collateral.signature"
+
+    @pytest.mark.parametrize("part", ["tcb_info", "qe_identity"])
+    def test_of_another_root(self, vendors: VendorServer, other: SimulatedAuthority, part: str) -> None:
+        foreign = other.collateral(NOW)
+        changes = {name: getattr(foreign, name) for name in (part, f"{part}_signature")}
+        chain = f"{part}_issuer_chain"
+        error = self.refused(vendors, FormatError, **changes, **{chain: getattr(foreign, chain)})
+        assert error.code == "collateral.foreign"
+        assert error.claim == f"root of the {'TCB info' if part == 'tcb_info' else 'QE identity'}"
+        assert error.expected != error.actual
+
+    @pytest.mark.parametrize("part", ["tcb_info", "qe_identity"])
+    def test_with_a_longer_chain(self, vendors: VendorServer, intel: SimulatedAuthority, part: str) -> None:
+        """A verifier takes a signer under the root itself only."""
+        chain = to_pem(intel._pck.certificate.public_bytes(Encoding.DER)).encode()
+        chain += vendors.collateral["sgx"].pck_crl_issuer_chain
+        text = getattr(vendors.collateral["sgx"], part)
+        signature = {f"{part}_signature": raw_sign(intel._pck.key, text)}
+        error = self.refused(vendors, FormatError, **{f"{part}_issuer_chain": chain}, **signature)
+        assert (error.code, error.expected, error.actual) == ("collateral.foreign", "2 certificates", "3")
+
+    def test_with_a_shorter_issuer_chain(self, vendors: VendorServer) -> None:
+        """A root that is called like the CA."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        dates = {"not_before": NOW - 9, "not_after": NOW + 9}
+        root = pki.issue(
+            pki.PCK_CA_NAME, key.public_key(), issuer=None, issuer_key=key, path_length=1, **dates
+        )
+        crl = pki.revoke([], issuer=root, issuer_key=key, issued=NOW, next_update=NOW + 9, number=1)
+        error = self.refused(
+            vendors,
+            FormatError,
+            pck_crl_issuer_chain=root.public_bytes(Encoding.PEM),
+            root_ca_crl=crl,
+            pck_crl=crl,
+        )
+        assert (error.code, error.claim) == ("collateral.foreign", "PCK CRL issuer chain")
+        assert (error.expected, error.actual) == ("2 certificates", "1")
 
     def test_with_the_lists_exchanged(self, vendors: VendorServer) -> None:
         collateral = vendors.collateral["sgx"]
@@ -401,6 +468,39 @@ def test_certificates_of_another_root_are_refused(
     with pytest.raises(EvidenceRefused) as caught:
         fetch_snp(service, chip(amd), "Genoa", now=NOW, kds=vendors.url)
     assert caught.value.code == "collateral.crl"
+
+
+def test_an_ask_of_another_root_is_refused(
+    vendors: VendorServer, service: Service, amd: SimulatedAmd
+) -> None:
+    """Also where no VCEK is fetched, whose chain would show it."""
+    stranger = SimulatedAmd.create(now=NOW, product="Genoa")
+    pem = to_pem(stranger._ask.der) + to_pem(amd.root_der)
+    vendors.replaced["/vcek/v1/Genoa/cert_chain"] = body(pem.encode())  # type: ignore[assignment]
+    with pytest.raises(EvidenceRefused) as caught:
+        fetch_snp_crl(service, "Genoa", now=NOW, kds=vendors.url)
+    assert caught.value.code == "collateral.chain"
+
+
+@pytest.mark.parametrize(
+    "flaws",
+    [
+        SnpFlaws(tcb=SnpTcb(bootloader=10, tee=0, snp=22, microcode=200)),
+        SnpFlaws(chip_id=b"c" * 64),
+        SnpFlaws(chip_id=b""),
+    ],
+    ids=["tcb", "chip", "no chip"],
+)
+def test_a_vcek_of_another_chip_or_tcb_is_refused(
+    vendors: VendorServer, service: Service, amd: SimulatedAmd, flaws: SnpFlaws
+) -> None:
+    foreign = load_chain(amd.collateral(NOW, flaws=flaws).certificates, AMD)[0].der
+    vendors.replaced[f"/vcek/v1/Genoa/{amd.chip_id.hex()}"] = body(foreign)  # type: ignore[assignment]
+    with pytest.raises(FormatError) as caught:
+        fetch_snp(service, chip(amd), "Genoa", now=NOW, kds=vendors.url)
+    error = caught.value
+    assert (error.code, error.claim) == ("collateral.foreign", "TCB" if flaws.tcb else "chip")
+    assert error.expected != error.actual
 
 
 def test_another_products_chain_is_refused(vendors: VendorServer, service: Service) -> None:

@@ -198,7 +198,7 @@ def test_a_host_that_takes_no_upload(office):
     def handle(request: httpx.Request) -> httpx.Response:
         if request.method == "PUT":
             request.read()
-            return httpx.Response(422)
+            return httpx.Response(422, stream=httpx.ByteStream(b""))
         return inner.handler(request)
 
     with office.publisher(httpx.MockTransport(handle)) as publisher:

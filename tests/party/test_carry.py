@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from cloister.errors import TransportError, UsageError
 from cloister.net.front import serve
 from cloister.net.messages import Answer, Head, Limits
+from cloister.party import carry
 from cloister.party.carry import MAX_ANSWER, AsyncCarrier, Carrier
 from cloister.party.wire import Wire, reason_of
 from support.fronts import whole
@@ -502,3 +504,29 @@ def test_a_connection_is_closed_where_that_work_fails() -> None:
             made.request(b"POST", b"/ohttp", FIELDS, b"x", timeout=5, meanwhile=fails)
         post(made)
         assert other.connections == 2
+
+
+# Long bodies.
+
+
+@pytest.mark.parametrize("length", [1000, 1001])
+def test_the_answer_to_an_upload_is_bounded(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(carry, "MAX_ANSWER", 1000)
+    line = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % length + bytes(length)
+    with server(line) as made, carrier(made.url) as carried:
+        if length == 1000:
+            assert carried.upload("/v1/blobs", iter([b"ab", b"c"]), 3).body == bytes(1000)
+            assert made.requests[0].endswith(b"\r\n\r\nabc")
+            return
+        with pytest.raises(TransportError) as caught:
+            carried.upload("/v1/blobs", iter([b"ab", b"c"]), 3)
+        assert (caught.value.claim, caught.value.expected) == ("answer", "at most 1000 B")
+
+
+def test_the_answer_to_an_upload_is_not_expanded() -> None:
+    """A thousandfold of what came would have to be held."""
+    packed = gzip.compress(bytes(1 << 20))
+    line = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed) + packed
+    with server(line) as made, carrier(made.url) as carried:
+        assert carried.upload("/v1/blobs", iter([b"abc"]), 3).body == packed
+        assert b"accept-encoding: identity\r\n" in made.requests[0].lower()

@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from cloister.cli.app import app
 from cloister.cli.output import table
 from cloister.cli.site import reference_policy
+from cloister.core.evidence import Evidence
 from cloister.core.evidence.bundle import Collateral
-from cloister.core.evidence.snp_table import CertificateTable
+from cloister.core.evidence.pem import to_pem
+from cloister.core.evidence.snp_table import MAX_TABLE, CertificateTable
 from cloister.core.verifier import TrustAnchors, verify
 from cloister.core.verifier.anchors import split_certificates
-from cloister.core.verifier.chain import AMD, load_chain, read_pem, to_pem
+from cloister.core.verifier.chain import AMD, load_chain, read_pem
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.errors import CloisterError, EvidenceError, UsageError
 from cloister.host.collateral import CollateralFolder
@@ -32,6 +34,7 @@ from cloister.party.file_kinds import MAX_FILE
 from cloister.sim import tees
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.measurement import measure
+from cloister.sim.snp import SnpFlaws
 
 NOW = 1_800_000_000
 VECTORS = Path(__file__).resolve().parents[3] / "shared" / "vectors"
@@ -118,10 +121,13 @@ def test_what_is_no_evidence(data):
 
 
 def test_files_that_are_too_long(evidence):
-    with pytest.raises(UsageError):
-        read_signed(bytes(MAX_FILE + 1))
-    with pytest.raises(UsageError):
-        read_evidence(evidence["snp"].quote, [bytes(MAX_FILE + 1)])
+    for what, read in (
+        ("evidence", lambda: read_signed(bytes(MAX_FILE + 1))),
+        ("collateral", lambda: read_evidence(evidence["snp"].quote, [bytes(MAX_FILE + 1)])),
+    ):
+        with pytest.raises(UsageError) as caught:
+            read()
+        assert (caught.value.claim, caught.value.expected) == (what, f"at most {MAX_FILE} B")
 
 
 def parts(evidence) -> tuple[list[bytes], bytes]:
@@ -164,6 +170,45 @@ def test_forms_of_amd_certificates(evidence, authority, name):
     read = read_evidence(data, collateral)
     assert read.collateral == evidence["snp"].collateral
     verify(read, anchors=TrustAnchors.simulated(authority.roots_der), now=NOW)
+
+
+@pytest.fixture(scope="module")
+def vlek(authority):
+    """Evidence that a VLEK signed, and the two certificates of which its VCEK has others."""
+    amd = authority.amd
+    report = amd.report(report_data=bytes(64), measurement=b"m" * 48, vlek=True)
+    return Evidence(tee="snp", quote=report, collateral=amd.collateral(NOW, flaws=SnpFlaws(vlek=True)))
+
+
+@pytest.mark.parametrize("signer", ["VCEK", "VLEK"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_leaf_is_the_signers_own(evidence, vlek, authority, signer, turned):
+    """A host with a VLEK gives its VCEK, too; AMD's table has one place for either's issuer."""
+    proper = {"VCEK": evidence["snp"], "VLEK": vlek}[signer]
+    both = [*read_pem(evidence["snp"].collateral.certificates, most=3)]
+    both += read_pem(vlek.collateral.certificates, most=3)
+    read = read_evidence(proper.quote, [*(reversed(both) if turned else both), proper.collateral.crl])
+    assert read.collateral.certificates == proper.collateral.certificates
+    verify(read, anchors=TrustAnchors.simulated(authority.roots_der), now=NOW)
+
+
+def test_a_table_with_both_leaves(evidence, vlek, authority):
+    vcek, (leaf, asvk, ark) = parts(evidence)[0][0], read_pem(vlek.collateral.certificates, most=3)
+    table = CertificateTable.pack({"VCEK": vcek, "VLEK": leaf, "ASK": asvk, "ARK": ark}).to_bytes()
+    read = read_evidence(vlek.quote + table, [vlek.collateral.crl])
+    assert read == vlek
+    verify(read, anchors=TrustAnchors.simulated(authority.roots_der), now=NOW)
+
+
+@pytest.mark.parametrize("signer", ["VCEK", "VLEK"])
+def test_a_leaf_of_the_other_kind_does_not_count(evidence, vlek, signer):
+    proper, other = {"VCEK": (evidence["snp"], vlek), "VLEK": (vlek, evidence["snp"])}[signer]
+    with pytest.raises(UsageError) as caught:
+        read_evidence(proper.quote, [other.collateral.certificates])
+    error = caught.value
+    assert (error.code, error.claim) == ("usage.collateral", "--collateral")
+    assert error.expected == f"the {signer} certificate of the report's signer"
+    assert error.actual == "certificates of other keys"
 
 
 def test_a_leaf_whose_issuer_nobody_knows(evidence):
@@ -420,12 +465,33 @@ def test_any_json_gives_evidence_or_our_error(evidence, value):
             read_evidence(evidence[tee].quote, [json.dumps(value).encode()])
 
 
+def authority_table(evidence) -> bytes:
+    return CertificateTable.pack(
+        dict(zip(("VCEK", "ASK", "ARK"), parts(evidence)[0], strict=True))
+    ).to_bytes()
+
+
 def test_a_table_with_pem_inside_is_a_table(evidence):
     certificates, crl = parts(evidence)
     named = zip(("VCEK", "ASK", "ARK"), (to_pem(each).encode() for each in certificates), strict=True)
     table = CertificateTable.pack(dict(named)).to_bytes()
     assert b"-----BEGIN" in table[:256]
     assert read_evidence(evidence["snp"].quote, [table, crl]) == evidence["snp"]
+
+
+@pytest.mark.parametrize("size", [MAX_TABLE, MAX_TABLE + 1])
+def test_the_longest_table(evidence, size):
+    """One limit, wherever the table comes from."""
+    table = authority_table(evidence).ljust(size, b"\0")
+    report, (_, crl) = evidence["snp"].quote, parts(evidence)
+    tsm = cbor2.dumps({"outblob": report, "auxblob": table, "provider": "sev_guest"})
+    for data, files_ in ((report, [table, crl]), (report + table, [crl]), (tsm, [crl])):
+        if size == MAX_TABLE:
+            assert read_evidence(data, files_) == evidence["snp"]
+            continue
+        with pytest.raises(EvidenceError) as caught:
+            read_evidence(data, files_)
+        assert caught.value.claim == "certificate table: size"
 
 
 # -- folders -----------------------------------------------------------------------
@@ -511,6 +577,13 @@ def test_a_folder_that_holds_something_else(evidence, shelf, binaries, name, con
         open_evidence(binaries[tee], [shelf])
     assert (caught.value.code, caught.value.claim) == ("collateral.kind", "collateral")
     assert caught.value.actual.startswith(f"{shelf / file}: ")
+
+
+def test_a_folder_has_the_leaf_that_a_table_lacks(evidence, vlek, shelf, tmp_path):
+    leaf, asvk, ark = read_pem(vlek.collateral.certificates, most=3)
+    table = CertificateTable.pack({"VLEK": leaf, "ASK": asvk, "ARK": ark}).to_bytes()
+    (tmp_path / "report").write_bytes(evidence["snp"].quote + table)
+    assert open_evidence(tmp_path / "report", [shelf]) == evidence["snp"]
 
 
 def test_certificates_of_cas_alone_are_not_enough(evidence, shelf, binaries):

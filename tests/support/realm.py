@@ -396,7 +396,7 @@ async def gateway(realm: Realm, workers: Workers, request: httpx.Request, body: 
         return httpx.Response(200, stream=httpx.ByteStream(realm.service.documents.raw))
     if path.startswith("/blobs/"):
         realm.host.blobs[bytes.fromhex(path.rpartition("/")[2])] = body
-        return httpx.Response(201)
+        return httpx.Response(201, stream=httpx.ByteStream(b""))
     if path != "/ohttp":
         return httpx.Response(404)
     fields = {name.lower(): value for name, value in request.headers.raw}

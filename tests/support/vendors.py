@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -11,7 +12,8 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from cloister.core.evidence.bundle import AmdCollateral, Collateral
-from cloister.core.verifier.chain import AMD, load_chain, to_pem
+from cloister.core.evidence.pem import to_pem
+from cloister.core.verifier.chain import AMD, load_chain
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.snp import SimulatedAmd
 
@@ -26,6 +28,7 @@ class VendorServer:
         asked: Path and query of every request.
         replaced: For a path, the answer that it gets instead: a status, or a function of the proper answer.
         pause: Seconds between two bytes of a body, for a service that drips.
+        head_pause: Seconds between two header fields, of which there are very many.
         hex_lists: Whether revocation lists come as hex text, as from a PCCS.
     """
 
@@ -36,7 +39,7 @@ class VendorServer:
         self.amd, self.amd_collateral = amd, amd.collateral(now)
         self.asked: list[str] = []
         self.replaced: dict[str, int | Callable[[Answer], Answer]] = {}
-        self.pause = 0.0
+        self.pause = self.head_pause = 0.0
         self.hex_lists = False
         outer = self
 
@@ -45,6 +48,9 @@ class VendorServer:
 
             def do_GET(self) -> None:
                 outer.asked.append(self.path)
+                if outer.head_pause:
+                    self.drip_head()
+                    return
                 status, fields, body = outer.answer(self.path)
                 self.send_response(status)
                 for name, value in fields.items():
@@ -60,6 +66,14 @@ class VendorServer:
                         self.wfile.write(body)
                 except OSError:
                     self.close_connection = True  # the client has given up
+
+            def drip_head(self) -> None:
+                self.close_connection = True
+                with contextlib.suppress(OSError):  # the client has given up
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                    for number in range(500):
+                        time.sleep(outer.head_pause)
+                        self.wfile.write(b"x-%d: y\r\n" % number)
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -12,7 +12,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister.core import encoding
 from cloister.core.verifier import TrustAnchors
+from cloister.core.verifier.chain import AMD, load_certificate, verify_chain
 from cloister.core.verifier.roots import amd, aws, intel
+from cloister.core.verifier.roots.amd_intermediates import INTERMEDIATES
 from cloister.errors import UsageError
 from cloister.sim import pki
 
@@ -100,3 +102,14 @@ def test_what_is_no_simulated_root(root):
     with pytest.raises(UsageError) as caught:
         TrustAnchors.simulated(root())
     assert caught.value.code == "anchors.simulated-root"
+
+
+@pytest.mark.parametrize(("product", "signer"), INTERMEDIATES)
+def test_embedded_intermediates_are_amds(product, signer):
+    """They are no anchors; each is its product's ARK's own, and of its kind."""
+    (ark,) = [each for each in TrustAnchors.vendor().roots["snp"] if product in each.common_name]
+    made = load_certificate(INTERMEDIATES[product, signer], AMD)
+    name = f"SEV-{product}" if signer == "VCEK" else f"SEV-VLEK-{product}"
+    assert made.common_name == name
+    at = (max(made.not_before, ark.not_before) + min(made.not_after, ark.not_after)) // 2
+    verify_chain((made, ark), now=at, code="evidence.snp-chain", what="ASK chain", leaf_is_ca=True)

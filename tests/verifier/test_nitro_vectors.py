@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cloister.core.evidence import Evidence
 from cloister.core.evidence.nitro import FIELDS, NitroDocument
 from cloister.core.verifier import TrustAnchors, nitro
-from cloister.core.verifier.nitro import MAX_SKEW
+from cloister.core.verifier.result import MAX_AHEAD
 from cloister.errors import EvidenceError, EvidenceRefused
 
 VECTORS = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "nitro"
@@ -128,7 +128,7 @@ def test_document_is_not_from_the_future(name, raw, made):
     first = int(leaf.not_valid_before_utc.timestamp())
     assert LEAF_DATES.get(name, (first, 0))[0] == first
     assert refusal(raw, first - 1)[0] == "evidence.not-yet-valid"
-    earliest = max(first, made - MAX_SKEW)
+    earliest = max(first, made - MAX_AHEAD)
     assert check(raw, earliest).platform.timestamp == made
     if earliest > first:
         found = refusal(raw, earliest - 1)

@@ -22,7 +22,7 @@ from cloister.core.verifier.chain import AMD, load_certificate, load_crl, requir
 from cloister.core.verifier.roots import amd
 from cloister.core.verifier.snp import verify
 from cloister.errors import EvidenceError, EvidenceRefused
-from cloister.sim import snp_pki
+from cloister.sim import pki, snp_pki
 
 pytestmark = pytest.mark.skipif(
     not real.FOLDER.is_dir(), reason="real SEV-SNP evidence (../shared/vectors/snp) is not on this machine"
@@ -121,7 +121,7 @@ def test_genoas_list_revokes_the_first_ask():
     ark = snp_pki.issue_authority("ARK-Genoa", None, not_before=real.NOW, not_after=real.NOW + 1)
     builder = snp_pki._builder("SEV-Genoa", ark.key.public_key(), ark, real.NOW, real.NOW + 1)
     builder._serial_number = 0x020001  # that ASK itself is not among the vectors
-    first = snp_pki.Identity(key=ark.key, certificate=snp_pki._sign(builder, ark.key))
+    first = pki.Identity(key=ark.key, certificate=snp_pki._sign(builder, ark.key))
     with pytest.raises(EvidenceRefused) as caught:
         require_not_revoked(load_certificate(first.der, AMD), crl)
     assert caught.value.code == "evidence.revoked"

@@ -28,6 +28,7 @@ def test_simulated_evidence(make_evidence, anchors, now):
     assert result.tcb_status == "UpToDate"
     assert result.advisories == ()
     assert result.measurements["mr_enclave"] == b"e" * 32
+    assert result.measurement == b"e" * 32
     assert result.measurements["mr_signer"] == b"s" * 32
     assert (result.measurements["isv_prod_id"], result.measurements["isv_svn"]) == (7, 3)
     assert result.report_data == bytes(range(64))

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from cloister.core.evidence import Evidence
 from cloister.core.evidence.nitro import NitroDocument
 from cloister.core.verifier import TrustAnchors, nitro
-from cloister.core.verifier.nitro import MAX_AGE, MAX_SKEW
-from cloister.core.verifier.result import NitroPlatform
+from cloister.core.verifier.nitro import MAX_AGE
+from cloister.core.verifier.result import MAX_AHEAD, NitroPlatform
 from cloister.errors import EvidenceError, EvidenceRefused
+from cloister.sim import nitro as sim_nitro
 from cloister.sim.authority import SimulatedAuthority
-from cloister.sim.nitro import FLAWLESS, LEAF_LIFETIME, ROLES, NitroFlaws, SimulatedNitro, raw_sign
+from cloister.sim.nitro import FLAWLESS, LEAF_LIFETIME, ROLES, NitroFlaws, SimulatedNitro
+from cloister.sim.pki import raw_sign
 
 NOW = 1_800_000_000
 PCRS = {0: b"0" * 48, 1: b"1" * 48, 2: b"2" * 48, 8: b"8" * 48}
@@ -237,6 +239,26 @@ def test_last_second(document, nitro_anchors):
     assert refusal(document, nitro_anchors, result.not_after + 1)[0] == "evidence.expired"
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_result_ends_with_each_certificate(role):
+    identities: dict = {}
+    for below, name in zip(reversed(range(len(ROLES))), ROLES, strict=True):
+        identities[name] = sim_nitro._issue(
+            f"Cloister Simulated {name}",
+            issuer=next(reversed(identities.values()), None),
+            not_before=NOW - 86400,
+            not_after=NOW + (3600 if name == role else 86400),
+            path_length=below,
+        )
+    made = SimulatedNitro(identities)
+    assert check(make(made), TrustAnchors.simulated(made.root_der)).not_after == NOW + 3600
+
+
+def test_result_ends_when_the_document_is_too_old(simulated, nitro_anchors):
+    result = check(make(simulated, NitroFlaws(leaf_lifetime=86400)), nitro_anchors)
+    assert result.not_after == NOW + MAX_AGE
+
+
 def with_certificate(document: NitroDocument, position: int, change) -> NitroDocument:
     """A document with one certificate changed: 0 is the root, 4 the leaf."""
     chain = [*document.cabundle, document.certificate]
@@ -334,9 +356,9 @@ def test_document_younger_than_its_leaf_lives(simulated, nitro_anchors):
 
 
 def test_document_from_the_future(simulated, nitro_anchors):
-    document = make(simulated, NitroFlaws(leaf_age=MAX_SKEW + 10))
-    assert check(document, nitro_anchors, NOW - MAX_SKEW).platform.timestamp == NOW
-    assert refusal(document, nitro_anchors, NOW - MAX_SKEW - 1) == ("evidence.not-yet-valid", VALIDITY)
+    document = make(simulated, NitroFlaws(leaf_age=MAX_AHEAD + 10))
+    assert check(document, nitro_anchors, NOW - MAX_AHEAD).platform.timestamp == NOW
+    assert refusal(document, nitro_anchors, NOW - MAX_AHEAD - 1) == ("evidence.not-yet-valid", VALIDITY)
 
 
 def test_document_that_outlives_what_leaves_do(simulated, nitro_anchors):

@@ -14,13 +14,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister.core.evidence.dcap import Quote
+from cloister.core.secret import Secret
+from cloister.core.times import time_text
 from cloister.core.verifier import TrustAnchors, verify
 from cloister.core.verifier.chain import load_chain, verify_chain
 from cloister.core.verifier.tcb import merge_status
 from cloister.errors import EvidenceError, EvidenceRefused
 from cloister.sim import pki
-from cloister.sim.authority import Flaws
-from cloister.sim.quote import QuotingEnclave, raw_sign, report
+from cloister.sim.authority import Flaws, SimulatedAuthority
+from cloister.sim.pki import raw_sign
+from cloister.sim.quote import QuotingEnclave, report
 
 
 def refused(evidence, anchors, now) -> EvidenceRefused:
@@ -163,6 +166,30 @@ def test_leaf_with_another_name(authority, issue, quote_with, make_evidence, anc
     assert (error.code, error.claim) == ("evidence.pck-chain", "certificate name")
 
 
+def test_pck_ca_with_another_name(authority, issue, quote_with, make_evidence, anchors, now):
+    """Whatever else the root has certified is no CA of platforms."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    middle = issue("Cloister Simulated SGX Update CA", by=authority._root, key=key, path_length=0)
+    leaf = pki.issue(
+        pki.PCK_NAME,
+        authority._pck.key.public_key(),
+        issuer=middle,
+        issuer_key=key,
+        not_before=now - 1,
+        not_after=now + 1,
+        sgx=pki.sgx_extension(authority._platform),
+    )
+    root = authority._root.certificate
+    evidence = make_evidence(
+        raw_quote=quote_with(leaf, middle, root),
+        pck_crl_issuer_chain=pem(middle, root),
+        pck_crl=pki.revoke([], issuer=middle, issuer_key=key, issued=now, next_update=now, number=1),
+    )
+    error = refused(evidence, anchors, now)
+    assert (error.code, error.claim) == ("evidence.pck-chain", "certificate name")
+    assert error.expected == "one with 'SGX PCK'"
+
+
 def test_pck_without_sgx_extension(authority, issue, quote_with, make_evidence, anchors, now):
     leaf = issue(pki.PCK_NAME, by=authority._pck_ca)
     quote = quote_with(leaf, authority._pck_ca.certificate, authority._root.certificate)
@@ -188,19 +215,24 @@ def test_pck_out_of_its_dates(start, end, code, authority, issue, quote_with, ma
 
 
 @pytest.mark.parametrize(
-    ("is_ca", "usages"), [(False, (True, True)), (True, (True, True)), (False, (False, False))]
+    ("place", "is_ca", "signs", "signs_certificates"),
+    [
+        ("middle", False, True, True),
+        ("middle", True, True, False),
+        ("leaf", True, True, True),
+        ("leaf", False, False, False),
+    ],
 )
-def test_basic_constraints_and_key_usage_both_count(is_ca, usages, authority, now):
-    """A middle that is no CA but may sign certificates, a leaf that is a CA, a leaf that may not sign."""
+def test_basic_constraints_and_key_usage_both_count(place, is_ca, signs, signs_certificates, authority, now):
+    """A middle that is no CA, or may not sign certificates; a leaf that is a CA, or may not sign."""
     key = ec.generate_private_key(ec.SECP256R1())
-    digital_signature, key_cert_sign = usages
     usage = x509.KeyUsage(
-        digital_signature=digital_signature,
+        digital_signature=signs,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
         key_agreement=False,
-        key_cert_sign=key_cert_sign,
+        key_cert_sign=signs_certificates,
         crl_sign=False,
         encipher_only=False,
         decipher_only=False,
@@ -208,7 +240,7 @@ def test_basic_constraints_and_key_usage_both_count(is_ca, usages, authority, no
     root = authority._root
     odd = (
         x509.CertificateBuilder()
-        .subject_name(root.certificate.subject)
+        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Odd")]))
         .issuer_name(root.certificate.subject)
         .public_key(key.public_key())
         .serial_number(1)
@@ -219,12 +251,10 @@ def test_basic_constraints_and_key_usage_both_count(is_ca, usages, authority, no
         .sign(root.key, hashes.SHA256())
     )
     below = pki.issue("leaf", key.public_key(), issuer=odd, issuer_key=key, not_before=now, not_after=now)
-    as_leaf = load_chain(pem(odd, root.certificate))
-    as_middle = load_chain(pem(below, odd, root.certificate))
-    chain = as_middle if not is_ca and key_cert_sign else as_leaf
+    chain = load_chain(pem(*((below, odd) if place == "middle" else (odd,)), root.certificate))
     with pytest.raises(EvidenceRefused) as caught:
         verify_chain(chain, now=now, code="evidence.pck-chain", what="chain")
-    assert caught.value.code == "evidence.pck-chain"
+    assert (caught.value.code, caught.value.claim) == ("evidence.pck-chain", "chain: Odd")
 
 
 # Step 4: the chains of the collateral
@@ -319,6 +349,33 @@ def test_revoked_tcb_signer(make_evidence, anchors, now):
     error = refused(make_evidence(flaws=Flaws(tcb_signing_revoked=True)), anchors, now)
     assert error.code == "evidence.revoked"
     assert pki.TCB_SIGNING_NAME in error.claim
+
+
+@pytest.mark.parametrize("revoked", ["tcb_info", "qe_identity", ""])
+@pytest.mark.parametrize("own", ["tcb_info", "qe_identity"])
+def test_either_revoked_signer(own, revoked, authority, issue, make_evidence, anchors, now):
+    """One document has a signer of its own, the other the usual one; each of the two is revoked in turn."""
+    key, root = ec.generate_private_key(ec.SECP256R1()), authority._root
+    signer = issue(pki.TCB_SIGNING_NAME, by=root, key=key)
+    usual = authority._tcb_signing.certificate
+    serial = {"": 1, own: signer.serial_number}.get(revoked, usual.serial_number)
+    crl = pki.revoke(
+        [serial], issuer=root.certificate, issuer_key=root.key, issued=now, next_update=now, number=1
+    )
+    text = getattr(authority.collateral(now), own)
+    evidence = make_evidence(
+        root_ca_crl=crl,
+        **{
+            own: text,
+            f"{own}_signature": raw_sign(key, text),
+            f"{own}_issuer_chain": pem(signer, root.certificate),
+        },
+    )
+    if not revoked:
+        assert verify(evidence, anchors=anchors, now=now).tcb_status == "UpToDate"
+        return
+    error = refused(evidence, anchors, now)
+    assert (error.code, error.claim) == ("evidence.revoked", f"revocation of {pki.TCB_SIGNING_NAME}")
 
 
 @pytest.mark.parametrize("field", ["root_ca_crl", "pck_crl"])
@@ -567,6 +624,76 @@ def test_revoked_tcb(flaw, make_evidence, anchors, now):
 )
 def test_merged_status(platform, qe, merged):
     assert merge_status(platform, qe) == merged
+
+
+# When the result has to be had anew
+
+
+DAY = 86400
+ROLES = {"root": ("", 1), "pck-ca": ("root", 0), "pck": ("pck-ca", None), "tcb-signing": ("root", None)}
+
+
+def shortened(authority, role: str, now: int) -> SimulatedAuthority:
+    """The same authority with the same keys; the certificate of one role ends in a day."""
+    found = {
+        "root": authority._root,
+        "pck-ca": authority._pck_ca,
+        "pck": authority._pck,
+        "tcb-signing": authority._tcb_signing,
+    }
+    for name, (above, path_length) in ROLES.items():
+        by, old = found.get(above, found[name]), found[name].certificate
+        certificate = pki.issue(
+            old.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value,
+            old.public_key(),
+            issuer=by.certificate if above else None,
+            issuer_key=by.key,
+            not_before=now - DAY,
+            not_after=now + (DAY if name == role else 99 * DAY),
+            path_length=path_length,
+            sgx=pki.sgx_extension(authority._platform) if name == "pck" else None,
+        )
+        found[name] = replace(found[name], certificate=certificate)
+    return SimulatedAuthority(found, Secret(bytes(32)), authority.amd, authority.nitro)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_result_ends_with_each_certificate(role, authority, make_evidence, now):
+    shorter = shortened(authority, role, now)
+    evidence, anchors = make_evidence(by=shorter), TrustAnchors.simulated(shorter.root_der)
+    assert verify(evidence, anchors=anchors, now=now).not_after == now + DAY
+
+
+@pytest.mark.parametrize("field", ["tcb_info", "qe_identity"])
+def test_result_ends_with_each_signers_certificate(field, authority, issue, make_evidence, anchors, now):
+    """TCB info and QE identity may have signers of their own."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    signer = issue(pki.TCB_SIGNING_NAME, by=authority._root, key=key)
+    text = getattr(authority.collateral(now), field)
+    evidence = make_evidence(
+        **{
+            field: text,
+            f"{field}_signature": raw_sign(key, text),
+            f"{field}_issuer_chain": pem(signer, authority._root.certificate),
+        }
+    )
+    assert verify(evidence, anchors=anchors, now=now).not_after == now + DAY
+
+
+@pytest.mark.parametrize("field", ["root_ca_crl", "pck_crl"])
+def test_result_ends_with_each_list(field, authority, make_evidence, anchors, now):
+    by = authority._root if field == "root_ca_crl" else authority._pck_ca
+    crl = pki.revoke(
+        [], issuer=by.certificate, issuer_key=by.key, issued=now, next_update=now + DAY, number=1
+    )
+    assert verify(make_evidence(**{field: crl}), anchors=anchors, now=now).not_after == now + DAY
+
+
+@pytest.mark.parametrize("field", ["tcb_info", "qe_identity"])
+def test_result_ends_with_each_document(field, authority, make_evidence, anchors, now):
+    text = edited(authority.collateral(now), field, nextUpdate=time_text(now + DAY))
+    evidence = make_evidence(**signed(authority, field, text))
+    assert verify(evidence, anchors=anchors, now=now).not_after == now + DAY
 
 
 # All of it

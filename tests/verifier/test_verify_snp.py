@@ -9,6 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister.core import encoding
 from cloister.core.evidence import Evidence
 from cloister.core.evidence.snp import PRODUCTS, SnpReport, SnpTcb
 from cloister.core.evidence.snp_table import make_collateral
@@ -124,6 +125,26 @@ def test_result(amd):
     assert NOW - 3900 <= mark.issued <= NOW
     assert found.not_after == mark.issued + 30 * 86400
     assert found.anchors_digest == TrustAnchors.simulated(amd.root_der).digest
+    assert found.measurement == encoding.digest(["cloister/v1/measurement", "snp", [b"m" * 48]])
+
+
+@pytest.mark.parametrize("role", ["vek", "ask", "ark"])
+@pytest.mark.parametrize("no_crl", [False, True])
+def test_result_ends_with_each_certificate(amd, role, no_crl):
+    ends = dict.fromkeys(("vek", "ask", "ark"), NOW + 99 * 86400) | {role: NOW + 86400}
+    start = NOW - 86400
+    ark = snp_pki.issue_authority("ARK-Genoa", None, not_before=start, not_after=ends["ark"])
+    ask = snp_pki.issue_authority("SEV-Genoa", ark, not_before=start, not_after=ends["ask"], path_length=0)
+    vek = endorser(amd, issuer=ask, not_after=ends["vek"])
+    made = SimulatedAmd(ark, ask, vek)
+    collateral = made.collateral(NOW, flaws=SnpFlaws(no_crl=no_crl))
+    report = made.sign(SnpReport.from_bytes(bundle(amd).quote))  # the chip that the VEK names
+    assert check(made, Evidence(tee="snp", quote=report, collateral=collateral)).not_after == NOW + 86400
+
+
+def test_result_ends_with_the_list(amd):
+    crl = snp_pki.revoke([], amd._ark, issued=NOW, next_update=NOW + 86400, number=1)
+    assert check(amd, bundle(amd, crl=crl)).not_after == NOW + 86400
 
 
 def test_production_refuses_every_simulated_report(makers):
@@ -273,7 +294,7 @@ def test_ask_in_place_of_a_vcek(amd):
         extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ARC + arc), value)
         builder = builder.add_extension(extension, critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    ca = snp_pki.Identity(key=key, certificate=snp_pki._sign(builder, amd._ask.key))
+    ca = pki.Identity(key=key, certificate=snp_pki._sign(builder, amd._ask.key))
     claim = "VCEK chain: Cloister Simulated SEV-VCEK"
     assert refused(amd, with_chain(amd, vek=ca)) == ("evidence.snp-chain", claim)
 

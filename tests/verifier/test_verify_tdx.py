@@ -16,7 +16,8 @@ from cloister.core.verifier import TrustAnchors
 from cloister.core.verifier.dcap import verify
 from cloister.errors import EvidenceError, EvidenceRefused
 from cloister.sim.authority import FLAWLESS, FMSPC, Flaws
-from cloister.sim.quote import QuotingEnclave, raw_sign, report
+from cloister.sim.pki import raw_sign
+from cloister.sim.quote import QuotingEnclave, report
 from cloister.sim.tcb import MR_SIGNER_SEAM, TEE_TCB_SVN, TdxReference
 
 LAUNCHED_BY_OLD = bytes((2, 1, 3)) + bytes(13)

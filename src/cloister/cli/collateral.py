@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cloister.cli.output import console, print_json, table
-from cloister.core.verifier.collateral_key import CHIP_ID_SIZE, DcapKey, SnpKey, crl_file
+from cloister.core.evidence.vek import CHIP_ID_SIZE
+from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.errors import NotFound, Refused, Unavailable, UsageError
 from cloister.party.evidence import TEE_NAMES, Signed, read_signed
 from cloister.party.file_kinds import read_file

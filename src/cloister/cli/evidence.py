@@ -10,8 +10,9 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from cloister.cli.output import console, print_json, read_text, table, time_text
+from cloister.cli.output import console, print_json, read_text, table
 from cloister.cli.policies import read_appraisal_policy
+from cloister.core.times import time_text
 from cloister.core.verifier import verify as verify_evidence
 from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS, TrustAnchors
 from cloister.core.verifier.appraisal import AppraisalPolicy, AppraisalResult, appraise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from zipfile import BadZipFile
@@ -13,6 +13,7 @@ from cloister.cli.output import print_json, table
 from cloister.cli.policies import read_user_policy
 from cloister.cli.verify import AsJson, PolicyFile, Url
 from cloister.errors import UsageError
+from cloister.party import files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,10 +67,14 @@ def infer(
 def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:
     import numpy as np
 
+    packed = io.BytesIO()
+    np.savez(packed, **outputs)  # type: ignore[arg-type]  # its stub takes the names for options
     try:
-        # outputs are the user's secret: nobody else on this machine may read the file
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            np.savez(file, **outputs)  # type: ignore[arg-type]  # its stub takes the names for options
+        if path.exists() and not path.is_file():  # a pipe or a device; whoever made it says who reads it
+            path.write_bytes(packed.getvalue())
+        else:
+            # outputs are the user's secret: nobody else may read the file, nor who has an older one open
+            files.replace(path, packed.getvalue())
     except OSError as error:
         raise UsageError(
             "the outputs can't be written", code="file.write", claim=str(path), actual=error.strerror

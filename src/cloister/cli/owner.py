@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress as ProgressBar
 
-from cloister.cli.output import console, print_json, table, time_text
+from cloister.cli.output import console, print_json, table
 from cloister.cli.policies import read_model_policy, read_user_policy
 from cloister.core.protocol.statement import Statement
 from cloister.core.protocol.trust import hex_digest
+from cloister.core.times import time_text
 from cloister.errors import UsageError
 from cloister.owner.desk import Desk, DeskModel
 

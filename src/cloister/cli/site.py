@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from cloister.cli.output import read_text, write_text
+from cloister.core.evidence.pem import to_pem
 from cloister.core.protocol.pool import Pool, require_name
 from cloister.core.protocol.trust import hex_digest, subtable
 from cloister.core.verifier.anchors import split_certificates
-from cloister.core.verifier.appraisal import AppraisalPolicy
-from cloister.core.verifier.chain import to_pem
+from cloister.core.verifier.appraisal import SGX_ATTRIBUTES_MASK, AppraisalPolicy
 from cloister.errors import UsageError
 from cloister.party import files
 from cloister.sim.measurement import Measurement
 from cloister.sim.quote import ATTRIBUTES, TD_ATTRIBUTES
-from cloister.sim.tees import SNP_POLICY, registers
+from cloister.sim.snp import GUEST_POLICY
+from cloister.sim.tees import registers
 
-# All of SGX ATTRIBUTES' flags count (Intel SDM, volume 3D, section 35.7.1); XFRM depends on the processor, so
-# it is left open. DEBUG is refused whatever a policy says.
-ATTRIBUTES_MASK: Final = bytes.fromhex("ffffffffffffffff0000000000000000")
 ALLOWED_TCB: Final = frozenset({"UpToDate"})
 
 # What a reference policy says besides the registers, for TEEs that the simulated platform plays.
@@ -36,7 +34,7 @@ _REFERENCE: Final[dict[str, dict[str, Any]]] = {
         "any_platform": True,
     },
     "snp": {
-        "guest_policy": SNP_POLICY,
+        "guest_policy": GUEST_POLICY,
         "guest_policy_mask": (1 << 64) - 1,
         "any_tcb": True,
         "any_platform": True,
@@ -210,8 +208,8 @@ def reference_policy(measurement: Measurement, root: bytes | None, tee: str = "s
     return AppraisalPolicy(
         tee="sgx",
         mr_enclave=frozenset({measurement.mr_enclave}),
-        attributes=bytes(a & b for a, b in zip(ATTRIBUTES, ATTRIBUTES_MASK, strict=True)),
-        attributes_mask=ATTRIBUTES_MASK,
+        attributes=bytes(a & b for a, b in zip(ATTRIBUTES, SGX_ATTRIBUTES_MASK, strict=True)),
+        attributes_mask=SGX_ATTRIBUTES_MASK,
         isv_prod_id=measurement.isv_prod_id,
         min_isv_svn=measurement.isv_svn,
         allowed_tcb=ALLOWED_TCB,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloister.cli.output import console, print_json, table, time_text
+from cloister.cli.output import console, print_json, table
 from cloister.cli.policies import read_user_policy
+from cloister.core.times import time_text
 from cloister.core.verifier.result import Step
 
 if TYPE_CHECKING:

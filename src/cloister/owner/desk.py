@@ -143,7 +143,7 @@ class Desk:
         self.model_id(name)
         path = self._path(name)
         try:
-            return DeskModel.from_bytes(path.read_bytes())
+            return DeskModel.from_bytes(files.read_start(path, MAX_STATE + 1))
         except OSError as error:
             raise UsageError(
                 "the desk has no such model",

@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from typing import Final
 
 from cloister.core.evidence.bundle import AmdCollateral
-from cloister.core.evidence.snp import PRODUCTS, VCEK, SnpReport
+from cloister.core.evidence.snp import PRODUCTS, VCEK, VLEK, SnpReport
 from cloister.core.evidence.snp_table import CertificateTable, make_collateral
 from cloister.core.verifier.chain import AMD, Certificate, load_certificate, load_crl, read_pem
 from cloister.core.verifier.collateral_key import SnpKey, crl_file
 from cloister.core.verifier.roots import amd
 from cloister.core.verifier.roots.amd_intermediates import INTERMEDIATES
-from cloister.errors import EvidenceError, UsageError
+from cloister.errors import EvidenceError
 from cloister.party import file_kinds
 from cloister.party.collateral_folders import CollateralFolders, fetch_hint
 from cloister.party.file_kinds import GivenFile, json_object, text_field
 
-MAX_TABLE: Final = 64 << 10  # bytes of a certificate table
-
+_VLEK_ISSUER: Final = "SEV-VLEK"  # in the name of whoever issues VLEKs
+_OTHERS: Final = "certificates of other keys"
 _ARKS: Final = {"Milan": amd.MILAN_ARK, "Genoa": amd.GENOA_ARK, "Turin": amd.TURIN_ARK}
 _EXPECTED: Final = (
     "certificates (PEM or DER), a revocation list (DER), a certificate table, "
@@ -33,17 +33,22 @@ def read_amd_collateral(
 
     Raises:
         EvidenceError: a file is of another kind, or doesn't parse.
-        UsageError: the leaf is nowhere; or folders were given, and the revocation list is nowhere.
+        UsageError: the signer's leaf is nowhere; or folders were given, and the revocation list is nowhere.
     """
     certificates, crl = _from_files(files, table, folders.hint)
-    if not any(map(_is_leaf, certificates)):
-        what = f"the {report.signer or VCEK} certificate of the report's signer"
+    signer = report.signer or VCEK
+    vek = _leaf(certificates, signer)
+    if vek is None:
+        what = f"the {signer} certificate of the report's signer"
         name = SnpKey(chip_id=report.chip_id, tcb=report.reported_tcb).file
+        if certificates and not folders.paths:
+            raise folders.lacking(name, what, _OTHERS)
         more = read_pem(folders.take(name, what, file_kinds.PEM), most=3)
         certificates += [load_certificate(each, AMD) for each in more]
-        if not any(map(_is_leaf, certificates)):
-            raise folders.lacking(name, what, "certificates of other keys")
-    vek, ask, ark = _sorted(certificates)
+        vek = _leaf(certificates, signer)
+        if vek is None:
+            raise folders.lacking(name, what, _OTHERS)
+    ask, ark = _issuers(vek, certificates)
     if not crl and folders.paths:
         product = next((each for each in PRODUCTS if each in ark.common_name), "PRODUCT")
         crl = folders.take(
@@ -97,28 +102,27 @@ def _from_json(data: bytes) -> tuple[list[bytes], bytes]:
 
 
 def _from_table(table: bytes) -> tuple[list[bytes], bytes]:
-    if len(table) > MAX_TABLE:
-        raise UsageError(
-            "the file is too long", claim="certificate table", expected=MAX_TABLE, actual=len(table)
-        )
     parsed = CertificateTable.from_bytes(table)
     entries = [entry for entry in map(parsed.find, ("VCEK", "VLEK", "ASK", "ARK")) if entry]
     ders = [entry if entry[:1] == b"\x30" else read_pem(entry, most=1)[0] for entry in entries]
     return ders, parsed.find("CRL")
 
 
-def _sorted(certificates: list[Certificate]) -> tuple[Certificate, Certificate, Certificate]:
-    """Leaf, intermediate, root; AMD's own intermediates and roots where they are missing."""
-    leaf = next(filter(_is_leaf, certificates))
-    others = [each for each in certificates if not _is_leaf(each)]
+def _leaf(certificates: Iterable[Certificate], signer: str) -> Certificate | None:
+    """The first end entity of the signer's kind, which its issuer's name tells: a table may have both."""
+    for each in certificates:
+        if each.path_length < 0 and (_VLEK_ISSUER in each.parsed.issuer.rfc4514_string()) == (signer == VLEK):
+            return each
+    return None
+
+
+def _issuers(leaf: Certificate, certificates: Iterable[Certificate]) -> tuple[Certificate, Certificate]:
+    """Intermediate and root; AMD's own where they are missing."""
+    others = [each for each in certificates if each.path_length >= 0]
     asks = [each for each in others if each.parsed.subject == leaf.parsed.issuer]
     ask = asks[0] if asks else _known(leaf, INTERMEDIATES.values())
     arks = [each for each in others if each.parsed.subject == ask.parsed.issuer]
-    return leaf, ask, arks[0] if arks else _known(ask, _ARKS.values())
-
-
-def _is_leaf(certificate: Certificate) -> bool:
-    return certificate.path_length < 0
+    return ask, arks[0] if arks else _known(ask, _ARKS.values())
 
 
 def _known(subject: Certificate, candidates: Iterable[bytes]) -> Certificate:

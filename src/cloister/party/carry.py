@@ -69,26 +69,23 @@ class Carrier:
                 headers=[*outgoing.fields],
                 content=bytes(outgoing.body) if outgoing.content else None,
             ) as response:
-                body = bytearray()
-                for piece in response.iter_raw():
-                    body += piece
-                    _require_size(len(body))
-                return _answer(response, body)
+                return _whole(response)
         except _FOREIGN as error:
             raise _lost(error, self._http.base_url) from error
 
     def upload(self, target: str, pieces: Any, size: int) -> Answer:
         """PUT a long body piece by piece; raises TransportError."""
         try:
-            response = self._http.put(
+            with self._http.stream(
+                "PUT",
                 target,
                 content=pieces,
-                headers={"content-length": str(size)},
+                headers={"content-length": str(size), "accept-encoding": "identity"},
                 timeout=httpx.Timeout(60.0, write=60.0),
-            )
+            ) as response:
+                return _whole(response)
         except _FOREIGN as error:
             raise _lost(error, self._http.base_url) from error
-        return _answer(response, response.content)
 
     def close(self) -> None:
         """Close the connections."""
@@ -192,6 +189,15 @@ def _bad_url(url: str) -> UsageError:
 def _patience(outgoing: Outgoing) -> float:
     """Seconds for a request to leave and its answer to come."""
     return PATIENCE + _LIMITS.transfer_timeout(len(outgoing.content))
+
+
+def _whole(response: httpx.Response) -> Answer:
+    """The answer as it came, not expanded; raises TransportError where it is too long."""
+    body = bytearray()
+    for piece in response.iter_raw():
+        body += piece
+        _require_size(len(body))
+    return _answer(response, body)
 
 
 def _answer(response: httpx.Response, body: bytes | bytearray) -> Answer:

@@ -59,7 +59,8 @@ class CollateralFolders:
             if found.kind != kind:
                 raise found.not_as(f"{what}, as {kind}", hint or self.hint)
             return content
-        raise self.lacking(name, what, f"no such file in {', '.join(map(str, self.paths))}", hint)
+        places = ", ".join(map(str, self.paths))
+        raise self.lacking(name, what, f"no such file in {places}" if places else "none", hint)
 
     def lacking(self, name: str, what: str, actual: str, hint: str = "") -> UsageError:
         """The error where something is nowhere; where there are folders, with the name of the file."""
@@ -68,7 +69,7 @@ class CollateralFolders:
             code="usage.collateral",
             claim=name if self.paths else "--collateral",
             expected=what,
-            actual=actual if self.paths else "none",
+            actual=actual,
             hint=hint or self.hint,
         )
 

@@ -16,10 +16,11 @@ from cloister.core.evidence.bundle import AnyCollateral, Collateral, Evidence
 from cloister.core.evidence.dcap import TEE_TDX, Quote
 from cloister.core.evidence.nitro import NitroDocument
 from cloister.core.evidence.snp import REPORT_SIZE, SnpReport
+from cloister.core.evidence.snp_table import MAX_TABLE
 from cloister.core.verifier.collateral_key import DcapKey
 from cloister.errors import EvidenceError, FormatError, UsageError
 from cloister.party import file_kinds
-from cloister.party.amd_files import MAX_TABLE, read_amd_collateral
+from cloister.party.amd_files import read_amd_collateral
 from cloister.party.collateral_folders import CollateralFolders
 from cloister.party.file_kinds import (
     DCAP_FIELDS,
@@ -42,6 +43,7 @@ TEE_NAMES: Final = MappingProxyType(
 )
 
 _MAX_QUOTED: Final = 256 << 10  # bytes; nothing longer is evidence in any form
+_MAX_TSM: Final = MAX_TABLE + (4 << 10)  # bytes: a table, a report, and what surrounds them
 _DCAP: Final = "one JSON file of DCAP collateral"
 
 Parsed = Quote | SnpReport | NitroDocument
@@ -189,7 +191,7 @@ def _dcap_collateral(quote: bytes, files: Sequence[GivenFile], folders: Collater
         what = f"DCAP collateral of platform family {key.fmspc.hex()}"
         content = folders.take(key.file, what, DCAP_JSON)
     else:
-        raise folders.lacking("", _DCAP, "")
+        raise folders.lacking("--collateral", _DCAP, "none")
     value = json_object(content)
     for name in DCAP_FIELDS:
         text_field(value, name, "text")
@@ -230,7 +232,7 @@ def _tsm(raw: bytes) -> tuple[bytes, bytes]:
     if raw[:1] not in (b"\xa2", b"\xa3", b"\xa4"):
         return raw, b""
     try:
-        value = encoding.decode(raw, what="tsm report", limit=MAX_TABLE, items=16, foreign=True)
+        value = encoding.decode(raw, what="tsm report", limit=_MAX_TSM, items=16, foreign=True)
     except FormatError:  # whatever it is then, it is recognised or refused as it stands
         return raw, b""
     report = value.get("outblob") if isinstance(value, dict) else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +15,7 @@ from cryptography import x509
 
 from cloister.core.evidence.bundle import Collateral
 from cloister.core.evidence.snp_table import GUIDS, MAX_ENTRIES
+from cloister.core.verifier.chain import parse_certificate
 from cloister.errors import EvidenceError, UsageError
 
 MAX_FILE: Final = 4 << 20  # bytes
@@ -159,11 +159,9 @@ def _json_kind(data: bytes) -> str:
 
 
 def _der_kind(data: bytes) -> str:
-    for kind, load in ((CERTIFICATE, x509.load_der_x509_certificate), (CRL, x509.load_der_x509_crl)):
+    for kind, load in ((CERTIFICATE, parse_certificate), (CRL, x509.load_der_x509_crl)):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # AMD's serial numbers are 0, which the parser remarks upon
-                load(data)
+            load(data)
         except Exception:  # noqa: S112  # the parser has many kinds of failure; each means: not this
             continue
         return kind

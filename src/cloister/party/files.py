@@ -9,22 +9,22 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from cloister.core.secret import Secret
 
+_MAX_SECRET_FILE: Final = 4096  # bytes
+
 
 def create(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Write a file that isn't there yet.
+    """Write a file that isn't there yet; after a crash it is still there.
 
     Raises:
         OSError: FileExistsError where it is there; whatever else the system says.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    _write(path, content, mode)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _sync_folder(path.parent)
     except OSError:
         path.unlink(missing_ok=True)
         raise
@@ -34,13 +34,20 @@ def replace(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Write a file so that a reader finds the old content or the new, also after a crash; raises OSError."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)  # a process of this number may have died here
-    create(fresh, content, mode=mode)
+    _write(fresh, content, mode)
     try:
         fresh.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             fresh.unlink()
         raise
+    _sync_folder(path.parent)
+
+
+def read_start(path: Path, size: int) -> bytes:
+    """The first ``size`` bytes of a file, or all where it has fewer; raises OSError."""
+    with path.open("rb") as file:
+        return file.read(size)
 
 
 @contextlib.contextmanager
@@ -66,7 +73,7 @@ def read_secret(path: Path, label: str, size: int) -> Secret | None:
     Raises:
         OSError: it can't be read.
     """
-    words = path.read_bytes()[:4096].split()
+    words = read_start(path, _MAX_SECRET_FILE).split()
     if len(words) != 2 or words[0] != label.encode():
         return None
     try:
@@ -74,3 +81,25 @@ def read_secret(path: Path, label: str, size: int) -> Secret | None:
     except binascii.Error:
         return None
     return Secret(raw) if len(raw) == size else None
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Write a new file, whole or not at all; raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

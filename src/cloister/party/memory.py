@@ -100,7 +100,7 @@ class Memory:
         if path is None or not path.exists():
             return cls()
         try:
-            return cls.from_bytes(path.read_bytes())
+            return cls.from_bytes(files.read_start(path, MAX_MEMORY + 1))
         except (OSError, FormatError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not one of Cloister's"
             raise _unusable("read", path, reason) from error

@@ -7,47 +7,39 @@ What it vouches for is worth nothing: whoever administers the machine has its ke
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
-import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister.core.evidence.bundle import Collateral
 from cloister.core.evidence.pck import PckExtension
 from cloister.core.secret import Secret
 from cloister.errors import UsageError
+from cloister.sim import authority_files, pki, snp, tcb
 from cloister.sim import nitro as aws
-from cloister.sim import pki, snp, tcb
+from cloister.sim.authority_files import FOLDER
 from cloister.sim.nitro import SimulatedNitro
+from cloister.sim.pki import Identity, raw_sign, require_valid, restore
 from cloister.sim.quote import (
     ATTRIBUTES,
     DEBUG_ATTRIBUTES,
     TD_ATTRIBUTES,
     XFAM,
     QuotingEnclave,
-    raw_sign,
     report,
     td_report,
     td_report_15,
 )
 from cloister.sim.snp import SimulatedAmd
 
-FOLDER: Final = "simulated-authority"  # inside the data directory
 FMSPC: Final = b"SIMSGX"  # recognisable in every certificate and in TCB info
 PCE_ID: Final = bytes(2)
 LIFETIME: Final = 30 * 86400  # seconds that issued collateral is in force, as Intel's
@@ -58,7 +50,6 @@ _TD_VERSIONS: Final = {4: "1.0", 5: "1.5"}  # of the report in a quote, where no
 _STEP: Final = 3600  # seconds; collateral issued within one hour carries one date, so none looks older
 _SLACK: Final = 300  # seconds that a verifier's clock may be behind
 _SVN: Final = (2,) * 16
-_SECRET: Final = "platform.secret"  # a file name  # noqa: S105
 _ROLES: Final = ("root", "pck-ca", "pck", "tcb-signing")
 
 
@@ -93,13 +84,7 @@ class Flaws:
 
 FLAWLESS: Final = Flaws()
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class _Identity:
-    """One principal of the hierarchy, with its private key: never printed."""
-
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
+_Principal: TypeAlias = Identity[ec.EllipticCurvePrivateKey]
 
 
 class SimulatedAuthority:
@@ -107,7 +92,7 @@ class SimulatedAuthority:
 
     def __init__(
         self,
-        identities: dict[str, _Identity],
+        identities: dict[str, _Principal],
         platform_secret: Secret,
         amd: SimulatedAmd,
         nitro: SimulatedNitro,
@@ -142,24 +127,8 @@ class SimulatedAuthority:
         identities = _issue_all(now - 86400)
         platform_secret = Secret(secrets.token_bytes(32))
         amd, nitro = SimulatedAmd.create(now=now), SimulatedNitro.create(now=now)
-        target = directory / FOLDER
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=directory))  # 0700
-            try:
-                _write(draft, identities, platform_secret)
-                for role, (key, certificate) in (amd.to_pem() | nitro.to_pem()).items():
-                    _write_private(draft / f"{role}.key.pem", key)
-                    (draft / f"{role}.pem").write_bytes(certificate)
-                draft.rename(target)  # all or nothing: a second creator fails here
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-        except OSError as error:
-            raise UsageError(
-                f"the simulated authority can't be written to {target}: {error.strerror}",
-                code="sim.authority",
-                hint="Is there one already?",
-            ) from error
+        parts = {role: identity.to_pem() for role, identity in identities.items()}
+        authority_files.write(directory, parts | amd.to_pem() | nitro.to_pem(), platform_secret)
         return cls(identities, platform_secret, amd, nitro)
 
     @classmethod
@@ -169,24 +138,12 @@ class SimulatedAuthority:
         Raises:
             UsageError: there is none, it is damaged, or others can read its keys.
         """
-        folder = directory / FOLDER
+        parts, platform_secret = authority_files.read(directory, (*_ROLES, *snp.ROLES, *aws.ROLES))
         try:
-            identities = {role: _read(folder, role) for role in _ROLES}
-            platform_secret = Secret(_private(folder / _SECRET))
-            amd = SimulatedAmd.from_pem(_read_pem(folder, snp.ROLES))
-            nitro = SimulatedNitro.from_pem(_read_pem(folder, aws.ROLES))
-        except OSError as error:
-            raise UsageError(
-                f"there is no simulated authority in {directory}: {error.strerror}", code="sim.authority"
-            ) from error
+            identities = {role: restore(*parts[role]) for role in _ROLES}
         except ValueError:
-            # No cause: a parser's message could quote a key.
-            raise UsageError(
-                f"the simulated authority in {folder} is damaged", code="sim.authority"
-            ) from None
-        if len(platform_secret) != 32:
-            raise UsageError(f"the simulated authority in {folder} is damaged", code="sim.authority")
-        return cls(identities, platform_secret, amd, nitro)
+            raise authority_files.damaged(directory) from None
+        return cls(identities, platform_secret, SimulatedAmd.from_pem(parts), SimulatedNitro.from_pem(parts))
 
     @classmethod
     def open_or_create(cls, directory: Path, *, now: int) -> SimulatedAuthority:
@@ -265,7 +222,7 @@ class SimulatedAuthority:
             tdx=tee == "tdx",
         )
 
-        def revoke(issuer: _Identity, serials: list[int]) -> bytes:
+        def revoke(issuer: _Principal, serials: list[int]) -> bytes:
             return pki.revoke(
                 serials,
                 issuer=issuer.certificate,
@@ -316,7 +273,7 @@ class SimulatedAuthority:
         for name, number in (("isv_prod_id", isv_prod_id), ("isv_svn", isv_svn)):
             if not 0 <= number <= 0xFFFF:
                 raise UsageError("out of range", claim=name, expected="0 to 65535", actual=number)
-        self._require_valid(now)
+        require_valid(self._pck.certificate, now)
         body = report(
             cpu_svn=self._platform.cpu_svn,
             attributes=DEBUG_ATTRIBUTES if debug else ATTRIBUTES,
@@ -374,7 +331,7 @@ class SimulatedAuthority:
                 expected="4 with 1.0, or 5 with 1.0 or 1.5; 4 registers",
                 actual=f"{version} with {td_version}; {len(rtmrs)} registers",
             )
-        self._require_valid(now)
+        require_valid(self._pck.certificate, now)
         body = td_report(
             report_data=report_data,
             mr_td=mr_td,
@@ -402,22 +359,14 @@ class SimulatedAuthority:
         kdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info)
         return Secret(kdf.derive(self._platform_secret.reveal()))
 
-    def _require_valid(self, now: int) -> None:
-        if now > self._pck.certificate.not_valid_after_utc.timestamp():
-            raise UsageError(
-                "the simulated platform's certificates have expired",
-                code="sim.authority",
-                hint="Make a new data directory.",
-            )
-
 
 def _with_debug(td_attributes: bytes) -> bytes:
     return (int.from_bytes(td_attributes, "little") | 1).to_bytes(len(td_attributes), "little")
 
 
-def _issue_all(not_before: int) -> dict[str, _Identity]:
+def _issue_all(not_before: int) -> dict[str, _Principal]:
     not_after = not_before + CERTIFICATE_LIFETIME
-    issued: dict[str, _Identity] = {}
+    issued: dict[str, _Principal] = {}
 
     def issue(role: str, name: str, issuer: str, path_length: int | None, sgx: bytes | None = None) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -432,7 +381,7 @@ def _issue_all(not_before: int) -> dict[str, _Identity]:
             path_length=path_length,
             sgx=sgx,
         )
-        issued[role] = _Identity(key=key, certificate=certificate)
+        issued[role] = Identity(key=key, certificate=certificate)
 
     issue("root", pki.ROOT_NAME, "", 1)
     issue("pck-ca", pki.PCK_CA_NAME, "root", 0)
@@ -454,41 +403,5 @@ def _platform(root: x509.Certificate) -> PckExtension:
     )
 
 
-def _pem(*chain: _Identity) -> bytes:
+def _pem(*chain: _Principal) -> bytes:
     return b"".join(identity.certificate.public_bytes(Encoding.PEM) for identity in chain)
-
-
-def _write(folder: Path, identities: dict[str, _Identity], platform_secret: Secret) -> None:
-    for role, identity in identities.items():
-        pem = identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        _write_private(folder / f"{role}.key.pem", pem)
-        (folder / f"{role}.pem").write_bytes(identity.certificate.public_bytes(Encoding.PEM))
-    _write_private(folder / _SECRET, platform_secret.reveal())
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-
-
-def _read(folder: Path, role: str) -> _Identity:
-    key = load_pem_private_key(_private(folder / f"{role}.key.pem"), password=None)
-    certificate = x509.load_pem_x509_certificate((folder / f"{role}.pem").read_bytes())
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise ValueError("the key isn't the certificate's")
-    return _Identity(key=key, certificate=certificate)
-
-
-def _read_pem(folder: Path, roles: Iterable[str]) -> dict[str, tuple[bytes, bytes]]:
-    return {
-        role: (_private(folder / f"{role}.key.pem"), (folder / f"{role}.pem").read_bytes()) for role in roles
-    }
-
-
-def _private(path: Path) -> bytes:
-    if path.stat().st_mode & 0o077:
-        raise UsageError(
-            f"{path} can be read by others", code="sim.authority", expected="mode 600", hint="chmod 600 it."
-        )
-    return path.read_bytes()

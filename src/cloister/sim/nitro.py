@@ -11,22 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, utils
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from cloister.core.evidence.nitro import SIGNATURE_SIZE, NitroDocument
 from cloister.errors import UsageError
+from cloister.sim.pki import Identity, key_usage, raw_sign, require_valid, restore
 
 ROLES: Final = ("nitro-root", "nitro-regional", "nitro-zonal", "nitro-instance")  # each signs the next
 LEAF_LIFETIME: Final = 3 * 3600 + 3  # seconds, as AWS's
@@ -35,7 +29,6 @@ PCR_COUNT: Final = 16  # registers in AWS's documents
 
 _LIFETIME: Final = 10 * 366 * 86400  # seconds
 _SLACK: Final = 3  # seconds that a leaf is older than its document, as AWS's
-_HALF: Final = SIGNATURE_SIZE // 2
 _MODULE: Final = "i-simulated"
 
 
@@ -64,27 +57,19 @@ class NitroFlaws:
 
 FLAWLESS: Final = NitroFlaws()
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class _Identity:
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
-
-    @property
-    def der(self) -> bytes:
-        return self.certificate.public_bytes(Encoding.DER)
+_Hypervisor: TypeAlias = Identity[ec.EllipticCurvePrivateKey]
 
 
 class SimulatedNitro:
     """Root and intermediates of one simulated hypervisor: `create` them, or restore them `from_pem`."""
 
-    def __init__(self, identities: dict[str, _Identity]) -> None:
+    def __init__(self, identities: dict[str, _Hypervisor]) -> None:
         self._identities = identities
 
     @classmethod
     def create(cls, *, now: int) -> SimulatedNitro:
         """Make a new one; its certificates are valid from the day before ``now`` (unix seconds)."""
-        identities: dict[str, _Identity] = {}
+        identities: dict[str, _Hypervisor] = {}
         issuer = None
         for below, role in zip(reversed(range(len(ROLES))), ROLES, strict=True):
             issuer = _issue(
@@ -105,20 +90,14 @@ class SimulatedNitro:
             UsageError: a part is missing or damaged, or a key isn't its certificate's.
         """
         try:
-            return cls({role: _read(*parts[role]) for role in ROLES})
-        except (KeyError, TypeError, ValueError, UnsupportedAlgorithm):
+            return cls({role: restore(*parts[role]) for role in ROLES})
+        except (KeyError, TypeError, ValueError):
             # No cause: a parser's message could quote a key.
             raise UsageError("the simulated Nitro hypervisor is damaged", code="sim.authority") from None
 
     def to_pem(self) -> dict[str, tuple[bytes, bytes]]:
         """Private key (PKCS 8) and certificate in PEM, for each of `ROLES`; `from_pem` restores from it."""
-        return {
-            role: (
-                identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
-                identity.certificate.public_bytes(Encoding.PEM),
-            )
-            for role, identity in self._identities.items()
-        }
+        return {role: identity.to_pem() for role, identity in self._identities.items()}
 
     @property
     def root_der(self) -> bytes:
@@ -152,12 +131,7 @@ class SimulatedNitro:
             EvidenceError: a value has another length.
         """
         issuer = self._identities["nitro-instance"]
-        if now > issuer.certificate.not_valid_after_utc.timestamp():
-            raise UsageError(
-                "the simulated platform's certificates have expired",
-                code="sim.authority",
-                hint="Make a new data directory.",
-            )
+        require_valid(issuer.certificate, now)
         made = now - flaws.age
         module_id = f"{_MODULE}-enc{secrets.token_hex(8)}"
         leaf = _issue(
@@ -186,21 +160,15 @@ class SimulatedNitro:
         return replace(document, signature=raw_sign(key, document.signed_bytes)).to_bytes()
 
 
-def raw_sign(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
-    """Raw r || s over ``data`` with SHA-384 on P-384, 96 B."""
-    r, s = utils.decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA384())))
-    return r.to_bytes(_HALF, "big") + s.to_bytes(_HALF, "big")
-
-
 def _issue(
     common_name: str,
     *,
-    issuer: _Identity | None,
+    issuer: _Hypervisor | None,
     not_before: int,
     not_after: int,
     path_length: int | None,
     signs: bool = True,
-) -> _Identity:
+) -> _Hypervisor:
     """A new key with its certificate; ``path_length`` is None for an end entity, ``issuer`` for a root."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name(
@@ -210,6 +178,7 @@ def _issue(
         ]
     )
     is_ca = path_length is not None
+    uses = ("key_cert_sign",) if is_ca else ("content_commitment", *(("digital_signature",) if signs else ()))
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -219,29 +188,7 @@ def _issue(
         .not_valid_before(datetime.fromtimestamp(not_before, UTC))
         .not_valid_after(datetime.fromtimestamp(not_after, UTC))
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=path_length), critical=True)
-        .add_extension(_key_usage(is_ca, signs and not is_ca), critical=True)
+        .add_extension(key_usage(*uses), critical=True)
         .sign(issuer.key if issuer else key, hashes.SHA384())
     )
-    return _Identity(key=key, certificate=certificate)
-
-
-def _key_usage(is_ca: bool, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=signs,
-        content_commitment=not is_ca,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=is_ca,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _read(key_pem: bytes, certificate_pem: bytes) -> _Identity:
-    key = load_pem_private_key(key_pem, password=None)
-    certificate = x509.load_pem_x509_certificate(certificate_pem)
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise ValueError("the key isn't the certificate's")
-    return _Identity(key=key, certificate=certificate)
+    return Identity(key=key, certificate=certificate)

@@ -1,21 +1,32 @@
 """Certificates and revocation lists of the simulated platform, in the shape that Intel gives its own.
 
+What the other simulated vendors need as well is here, too: identities, key usages, raw signatures.
+
 Every subject says "Cloister Simulated", so that nobody takes one for the vendor's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
 
 from cloister.core.evidence.pck import EXTENSION_OID, PckExtension
+from cloister.errors import UsageError
 
 ROOT_NAME: Final = "Cloister Simulated SGX Root CA"
 PCK_CA_NAME: Final = "Cloister Simulated SGX PCK Processor CA"
@@ -23,7 +34,89 @@ PCK_NAME: Final = "Cloister Simulated SGX PCK Certificate"
 TCB_SIGNING_NAME: Final = "Cloister Simulated SGX TCB Signing"
 
 _SGX_ARC: Final = bytes.fromhex("2a864886f84d010d01")  # DER content of EXTENSION_OID
+_USES: Final = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+_CA: Final = ("key_cert_sign", "crl_sign")
+_END_ENTITY: Final = ("digital_signature", "content_commitment")
 _SEQUENCE, _OID, _OCTETS, _INTEGER, _ENUMERATED = 0x30, 0x06, 0x04, 0x02, 0x0A
+
+Key = TypeVar("Key", rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Identity(Generic[Key]):
+    """One principal, with its private key: never printed."""
+
+    key: Key
+    certificate: x509.Certificate
+
+    @property
+    def der(self) -> bytes:
+        """Its certificate."""
+        return self.certificate.public_bytes(Encoding.DER)
+
+    @property
+    def common_name(self) -> str:
+        """Its name."""
+        names = self.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return "".join(str(name.value) for name in names)
+
+    def to_pem(self) -> tuple[bytes, bytes]:
+        """Private key (PKCS 8) and certificate."""
+        key = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return key, self.certificate.public_bytes(Encoding.PEM)
+
+
+def restore(key_pem: bytes, certificate_pem: bytes) -> Identity[ec.EllipticCurvePrivateKey]:
+    """What `Identity.to_pem` was called on, with a key on a curve; raises ValueError for anything damaged."""
+    key, certificate = load_pair(key_pem, certificate_pem)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("not a key on a curve")  # noqa: TRY004
+    return Identity(key=key, certificate=certificate)
+
+
+def load_pair(key_pem: bytes, certificate_pem: bytes) -> tuple[PrivateKeyTypes, x509.Certificate]:
+    """A private key and its own certificate; raises ValueError, without a cause that could quote the key."""
+    try:
+        key = load_pem_private_key(key_pem, password=None)
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        raise ValueError("damaged") from None
+    if key.public_key() != certificate.public_key():
+        raise ValueError("the key isn't the certificate's")
+    return key, certificate
+
+
+def require_valid(certificate: x509.Certificate, now: int) -> None:
+    """Refuse to vouch with a certificate that has expired; raises UsageError."""
+    if now > certificate.not_valid_after_utc.timestamp():
+        raise UsageError(
+            "the simulated platform's certificates have expired",
+            code="sim.authority",
+            hint="Make a new data directory.",
+        )
+
+
+def key_usage(*uses: str) -> x509.KeyUsage:
+    """What a certificate says that its key is for: these uses, by their names in `x509.KeyUsage`."""
+    return x509.KeyUsage(**{name: name in uses for name in _USES})
+
+
+def raw_sign(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
+    """ECDSA as raw r || s: on P-256 with SHA-256 64 B, on P-384 with SHA-384 96 B."""
+    half = key.curve.key_size // 8
+    algorithm = hashes.SHA256() if half == 32 else hashes.SHA384()
+    r, s = utils.decode_dss_signature(key.sign(data, ec.ECDSA(algorithm)))
+    return r.to_bytes(half, "big") + s.to_bytes(half, "big")
 
 
 def issue(
@@ -63,7 +156,7 @@ def issue(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False
         )
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(_key_usage(is_ca), critical=True)
+        .add_extension(key_usage(*(_CA if is_ca else _END_ENTITY)), critical=True)
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=path_length), critical=True)
     )
     if sgx is not None:
@@ -129,20 +222,6 @@ def _name(common_name: str) -> x509.Name:
             x509.NameAttribute(NameOID.COMMON_NAME, common_name),
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Cloister Simulated Platform"),
         ]
-    )
-
-
-def _key_usage(is_ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not is_ca,
-        content_commitment=not is_ca,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=is_ca,
-        crl_sign=is_ca,
-        encipher_only=False,
-        decipher_only=False,
     )
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloister.core.evidence.dcap import (
     CERTIFICATION_PEM_CHAIN,
@@ -23,6 +22,7 @@ from cloister.core.evidence.dcap import (
 )
 from cloister.core.evidence.sgx import SgxReportBody
 from cloister.core.evidence.tdx import TdReport, TdReport15
+from cloister.sim.pki import raw_sign
 from cloister.sim.tcb import (
     MR_SIGNER_SEAM,
     QE_ATTRIBUTES,
@@ -163,12 +163,6 @@ def td_report_15(report: TdReport, *, tee_tcb_svn2: bytes, mr_service_td: bytes)
     """The TDX 1.5 form of a report."""
     fields = {name: getattr(report, name) for name, _size in report.FIELDS}
     return TdReport15(**fields, tee_tcb_svn2=tee_tcb_svn2, mr_service_td=mr_service_td)
-
-
-def raw_sign(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
-    """ECDSA on P-256 with SHA-256, as 64 B raw r || s."""
-    r, s = utils.decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA256())))
-    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
 
 def public_point(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloister.core.evidence.bundle import AmdCollateral
 from cloister.core.evidence.snp import ALGORITHM_ECDSA_P384, PRODUCTS, SnpReport, SnpTcb
 from cloister.core.evidence.snp_table import CertificateTable, make_collateral
 from cloister.errors import UsageError
-from cloister.sim import snp_pki
+from cloister.sim import pki, snp_pki
 from cloister.sim.snp_pki import Authority, Endorser
 
 ROLES: Final = ("snp-ark", "snp-ask", "snp-vcek")  # names of keys and certificates in `SimulatedAmd.to_pem`
-GUEST_POLICY: Final = 0x30000  # SMT is allowed; bit 17 is always set
+GUEST_POLICY: Final = 0x30000  # SMT is allowed; bit 17 is always set (AMD 56860, POLICY)
 DEBUG: Final = 1 << 19  # of the guest policy
 PROVIDER: Final = "CN=simulated.cloister.invalid"
 LIFETIME: Final = 30 * 86400  # seconds that a revocation list is in force
@@ -72,7 +71,7 @@ class SimulatedAmd:
 
     def __init__(self, ark: Authority, ask: Authority, vcek: Endorser) -> None:
         self._ark, self._ask, self._vcek = ark, ask, vcek
-        self.product: Final = ark.common_name.removeprefix("ARK-")
+        self.product: Final = ark.common_name.removeprefix(f"{snp_pki.PREFIX}ARK-")
         self._start: Final = int(ark.certificate.not_valid_before_utc.timestamp())
 
     @classmethod
@@ -120,7 +119,7 @@ class SimulatedAmd:
             amd = cls(
                 snp_pki.restore_authority(*parts["snp-ark"]),
                 snp_pki.restore_authority(*parts["snp-ask"]),
-                snp_pki.restore_endorser(*parts["snp-vcek"]),
+                pki.restore(*parts["snp-vcek"]),
             )
         except (KeyError, ValueError):
             amd = None  # without a cause: a parser's message could quote a key
@@ -231,8 +230,7 @@ class SimulatedAmd:
     def sign(self, report: SnpReport) -> bytes:
         """``report`` with a new signature, by the key that it names; by the VCEK where it names none."""
         key = self._vlek.key if report.signer == "VLEK" else self._vcek.key
-        r, s = utils.decode_dss_signature(key.sign(report.signed_bytes, ec.ECDSA(hashes.SHA384())))
-        return replace(report, signature=r.to_bytes(48, "big") + s.to_bytes(48, "big")).to_bytes()
+        return replace(report, signature=pki.raw_sign(key, report.signed_bytes)).to_bytes()
 
     @cached_property
     def _asvk(self) -> Authority:

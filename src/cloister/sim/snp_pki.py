@@ -7,25 +7,18 @@ bits, so that new ones are made quickly, and no serial number is 0, because the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from cloister.core.evidence.snp import SnpTcb
 from cloister.core.evidence.vek import ARC, CHIP_ID, PRODUCT_NAME, PROVIDER, TCB_PARTS
+from cloister.sim.pki import Identity, key_usage, load_pair
 
 PREFIX: Final = "Cloister Simulated "  # of every common name
 
@@ -35,62 +28,16 @@ _UNUSED: Final = ("3.4", "3.5", "3.6", "3.7")
 _INTEGER, _IA5 = 0x02, 0x16
 _PSS: Final = padding.PSS(mgf=padding.MGF1(hashes.SHA384()), salt_length=48)
 
-Key = TypeVar("Key", rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Identity(Generic[Key]):
-    """One principal, with its private key: never printed."""
-
-    key: Key
-    certificate: x509.Certificate
-
-    @property
-    def der(self) -> bytes:
-        """Its certificate."""
-        return self.certificate.public_bytes(Encoding.DER)
-
-    @property
-    def common_name(self) -> str:
-        """Its name without `PREFIX`; as AMD calls it."""
-        names = self.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        return "".join(str(name.value) for name in names).removeprefix(PREFIX)
-
-    def to_pem(self) -> tuple[bytes, bytes]:
-        """Private key and certificate."""
-        key = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        return key, self.certificate.public_bytes(Encoding.PEM)
-
-
 Authority = Identity[rsa.RSAPrivateKey]
 Endorser = Identity[ec.EllipticCurvePrivateKey]
 
 
 def restore_authority(key_pem: bytes, certificate_pem: bytes) -> Authority:
-    """What `Identity.to_pem` was called on; raises ValueError for anything damaged."""
-    key, certificate = _load(key_pem, certificate_pem)
+    """An `Authority` as its ``to_pem`` gave it; raises ValueError for anything damaged."""
+    key, certificate = load_pair(key_pem, certificate_pem)
     if not isinstance(key, rsa.RSAPrivateKey):
         raise ValueError("not an RSA key")  # noqa: TRY004
     return Identity(key=key, certificate=certificate)
-
-
-def restore_endorser(key_pem: bytes, certificate_pem: bytes) -> Endorser:
-    """Likewise."""
-    key, certificate = _load(key_pem, certificate_pem)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError("not a key on P-384")  # noqa: TRY004
-    return Identity(key=key, certificate=certificate)
-
-
-def _load(key_pem: bytes, certificate_pem: bytes) -> tuple[PrivateKeyTypes, x509.Certificate]:
-    try:
-        key = load_pem_private_key(key_pem, password=None)
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
-    except (TypeError, UnsupportedAlgorithm):
-        raise ValueError("damaged") from None  # a parser's message could quote a key
-    if key.public_key() != certificate.public_key():
-        raise ValueError("the key isn't the certificate's")
-    return key, certificate
 
 
 def issue_authority(
@@ -100,7 +47,7 @@ def issue_authority(
     key = rsa.generate_private_key(65537, _RSA_BITS)
     builder = (
         _builder(name, key.public_key(), issuer, not_before, not_after)
-        .add_extension(_usage(crl_sign=issuer is None), critical=True)
+        .add_extension(key_usage("key_cert_sign", *(("crl_sign",) if issuer is None else ())), critical=True)
         .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
     )
     return Identity(key=key, certificate=_sign(builder, key if issuer is None else issuer.key))
@@ -180,20 +127,6 @@ def _builder(
 
 def _sign(builder: x509.CertificateBuilder, key: rsa.RSAPrivateKey) -> x509.Certificate:
     return builder.sign(key, hashes.SHA384(), rsa_padding=_PSS)
-
-
-def _usage(*, crl_sign: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=True,
-        crl_sign=crl_sign,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _integer(number: int) -> bytes:

@@ -14,9 +14,9 @@ from cloister.core.evidence.bundle import AmdCollateral, Collateral, Evidence
 from cloister.errors import UsageError
 from cloister.sim.measurement import Measurement
 from cloister.sim.quote import TD_ATTRIBUTES
+from cloister.sim.snp import GUEST_POLICY
 
 TEES: Final = ("sgx", "tdx", "snp", "nitro")
-SNP_POLICY: Final = 0x30000  # SMT allowed, and the bit that is always one (AMD 56860, POLICY)
 _REGISTERS: Final[Mapping[str, tuple[str, ...]]] = {
     "tdx": ("mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3"),
     "snp": ("measurement",),
@@ -128,7 +128,7 @@ def evidence(authority: Authority, measured: Measurement, tee: str, report_data:
         return Evidence(tee=tee, quote=quote, collateral=authority.collateral(now, tee="tdx"))
     if tee == "snp":
         report = authority.amd.report(
-            report_data=report_data, measurement=found["measurement"], guest_policy=SNP_POLICY
+            report_data=report_data, measurement=found["measurement"], guest_policy=GUEST_POLICY
         )
         return Evidence(tee=tee, quote=report, collateral=authority.amd.collateral(now))
     pcrs = {index: found[f"pcr{index}"] for index in range(3)}

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from cloister.client.proxy.forward import Forwarder
 from cloister.core.protocol.document import PoolEntry
-from cloister.core.verifier.chain import time_text
+from cloister.core.times import time_text
 from cloister.errors import CloisterError
 
 _STYLE: Final = """

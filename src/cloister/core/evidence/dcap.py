@@ -13,7 +13,9 @@ certification data of its own: u16 type 6, u32 length. No trust decision is take
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from cloister.core.evidence.layout import length_error, require_size, require_zero, u16, u32
@@ -31,6 +33,7 @@ MAX_AUTH_DATA: Final = 1 << 10  # bytes
 
 TEE_SGX: Final = 0x00
 TEE_TDX: Final = 0x81
+TEES: Final[Mapping[int, str]] = MappingProxyType({TEE_SGX: "sgx", TEE_TDX: "tdx"})  # names by type
 KEY_TYPE_ECDSA_P256: Final = 2
 CERTIFICATION_PEM_CHAIN: Final = 5  # certification data is a PEM chain: PCK leaf, PCK CA, root
 CERTIFICATION_QE_REPORT: Final = 6  # certification data is a quoting enclave's report and its certification
@@ -40,10 +43,9 @@ BODY_TD15: Final = 3
 
 Body: TypeAlias = SgxReportBody | TdReport
 _VERSIONS: Final = (3, 4, 5)
-_TEE_TYPES: Final = (TEE_SGX, TEE_TDX)
-_FIRST_WITH_TDX: Final = (
-    4  # also the first that nests the certification, and whose header has a reserved part
-)
+_TEE_TYPES: Final = tuple(TEES)
+# Also the first that nests the certification, and whose header has a reserved part.
+_FIRST_WITH_TDX: Final = 4
 _FIRST_WITH_DESCRIPTOR: Final = 5
 _SIZES: Final = {BODY_SGX: SGX_SIZE, BODY_TD10: TdReport.SIZE, BODY_TD15: TdReport15.SIZE}
 _FIXED_CERTIFICATION: Final = SGX_SIZE + SIGNATURE_SIZE

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import re
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import Final
 from uuid import UUID
 
 from cloister.core.evidence.bundle import AmdCollateral
+from cloister.core.evidence.pem import to_pem
 from cloister.errors import EvidenceError
 
 MAX_TABLE: Final = 32 << 10  # bytes; KVM's hosts give at most 16 KiB
@@ -154,7 +154,7 @@ def make_collateral(*, vek: bytes, ask: bytes, ark: bytes, crl: bytes = b"") -> 
     """
     certificates = [_der(name, part) for name, part in (("VCEK or VLEK", vek), ("ASK", ask), ("ARK", ark))]
     return AmdCollateral(
-        certificates=b"".join(_pem(der) for der in certificates), crl=_der("CRL", crl) if crl else b""
+        certificates="".join(map(to_pem, certificates)).encode(), crl=_der("CRL", crl) if crl else b""
     )
 
 
@@ -169,11 +169,6 @@ def _der(name: str, data: bytes) -> bytes:
     except ValueError:  # refused below, as what isn't PEM at all
         pass
     raise _malformed(name, "DER or PEM", "nothing" if not data else "something else")
-
-
-def _pem(der: bytes) -> bytes:
-    lines = textwrap.wrap(base64.b64encode(der).decode(), 64)
-    return "\n".join(("-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", "")).encode()
 
 
 def _malformed(claim: str, expected: str, actual: object) -> EvidenceError:

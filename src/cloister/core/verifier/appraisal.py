@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cloister.core.verifier.chain import time_text
+from cloister.core.times import time_text
 from cloister.core.verifier.claims import CLAIMS, Checks
 from cloister.core.verifier.policy import AllOf, AnyOf, AppraisalPolicy
-from cloister.core.verifier.result import Step, VerifiedEvidence
+from cloister.core.verifier.result import MAX_AHEAD, Step, VerifiedEvidence
 from cloister.errors import AppraisalRefused
 
 __all__ = ["SGX_ATTRIBUTES_MASK", "AllOf", "AnyOf", "AppraisalPolicy", "AppraisalResult", "appraise"]
 
-MAX_AHEAD: Final = 300  # seconds that the clock of a Nitro hypervisor may be ahead
-SGX_ATTRIBUTES_MASK: Final = bytes.fromhex("ff" * 8 + "00" * 8)  # every flag, no XFRM bit
+# All of SGX ATTRIBUTES' flags count (Intel SDM, volume 3D, section 35.7.1); XFRM depends on the processor, so
+# it is left open. DEBUG is refused whatever a policy says.
+SGX_ATTRIBUTES_MASK: Final = bytes.fromhex("ff" * 8 + "00" * 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """X.509 certificates, short chains and revocation lists, as the TEE vendors use them.
 
 Generic path validation rejects the vendors' chains, so each rule is written out here. Parsing is cached by
-content, in small bounded caches, and so is whether one certificate signed another: every quote brings the
-same few. No trust decision is cached.
+content, in small bounded caches, and so is whether a certificate's key signed another certificate, a list or
+a document: every quote brings the same few. These are facts about bytes, true at any time. Dates are looked
+at each time, and no trust decision is cached.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import textwrap
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final, TypeAlias
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 from cryptography.x509.oid import ExtensionOID, NameOID, SignatureAlgorithmOID
 
+from cloister.core.times import time_text
 from cloister.errors import EvidenceError, EvidenceRefused
 
 MAX_CERTIFICATE: Final = 4096  # bytes, DER
@@ -37,6 +38,7 @@ _PEM: Final = re.compile(
 )
 _KNOWN_CRITICAL: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE})
 _MIN_RSA: Final = 2048  # bits
+_QUIET: Final = threading.Lock()  # held while warnings are off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +110,25 @@ class Certificate:
 class RevocationList:
     """A parsed CRL; times are unix seconds."""
 
+    der: bytes = field(repr=False)
     parsed: x509.CertificateRevocationList = field(compare=False, repr=False)
     issued: int
     next_update: int
     number: int
+
+
+def parse_certificate(der: bytes) -> x509.Certificate:
+    """What the parser makes of a certificate in DER, without its remark on AMD's serial numbers, which are 0.
+
+    The filters for warnings are the whole process's. Threads take turns here, or else one would restore what
+    another had set, and warnings would stay off.
+
+    Raises:
+        Exception: of many kinds; each means that these bytes are no certificate.
+    """
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return x509.load_der_x509_certificate(der)
 
 
 @lru_cache(maxsize=64)
@@ -125,9 +142,7 @@ def load_certificate(der: bytes, profile: Profile = DCAP) -> Certificate:
     if len(der) > MAX_CERTIFICATE:
         raise _unreadable("certificate", f"longer than {MAX_CERTIFICATE} B")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # AMD's serial numbers are 0, which the parser remarks upon
-            parsed = x509.load_der_x509_certificate(der)
+        parsed = parse_certificate(der)
         key = parsed.public_key()
         extensions = list(parsed.extensions)
         names = parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
@@ -187,12 +202,6 @@ def read_pem(pem: bytes, *, most: int) -> list[bytes]:
     return found
 
 
-def to_pem(der: bytes) -> str:
-    """A certificate in PEM."""
-    lines = textwrap.wrap(base64.b64encode(der).decode(), 64)
-    return "\n".join(("-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""))
-
-
 @lru_cache(maxsize=16)
 def load_crl(der: bytes, profile: Profile = DCAP) -> RevocationList:
     """Parse one DER revocation list.
@@ -217,7 +226,11 @@ def load_crl(der: bytes, profile: Profile = DCAP) -> RevocationList:
         raise _unreadable("revocation list", f"not signed in the way that {profile.name} signs")
     _require_known(extensions, "revocation list")  # a delta or partial list says so in a critical extension
     return RevocationList(
-        parsed=parsed, issued=int(issued.timestamp()), next_update=int(next_update.timestamp()), number=number
+        der=der,
+        parsed=parsed,
+        issued=int(issued.timestamp()),
+        next_update=int(next_update.timestamp()),
+        number=number,
     )
 
 
@@ -277,7 +290,7 @@ def verify_chain(
 
 @lru_cache(maxsize=128)
 def _issued(subject: Certificate, issuer: Certificate) -> bool:
-    """Whether the issuer's name and key made this certificate: a fact about bytes, true at any time."""
+    """Whether the issuer's name and key made this certificate."""
     try:
         subject.parsed.verify_directly_issued_by(issuer.parsed)
     except (InvalidSignature, ValueError, TypeError):
@@ -298,14 +311,15 @@ def verify_crl(crl: RevocationList, issuer: Certificate, *, now: int, code: str,
             expected=issuer.parsed.subject.rfc4514_string(),
             actual=crl.parsed.issuer.rfc4514_string(),
         )
-    if not _key_usage(issuer).crl_sign or not crl.parsed.is_signature_valid(issuer.key):
-        raise EvidenceRefused(
-            code=code,
-            claim=f"signature of {what}",
-            expected=f"by {issuer.common_name}",
-            actual="another",
-        )
+    if not _key_usage(issuer).crl_sign or not _listed(crl, issuer):
+        raise _another_signature(code, what, issuer.common_name)
     require_dates(what, crl.issued, crl.next_update, now=now)
+
+
+@lru_cache(maxsize=16)
+def _listed(crl: RevocationList, issuer: Certificate) -> bool:
+    """Whether the issuer's key signed this list."""
+    return crl.parsed.is_signature_valid(issuer.key)
 
 
 def require_not_revoked(certificate: Certificate, crl: RevocationList) -> None:
@@ -332,17 +346,41 @@ def require_signature(
     Raises:
         EvidenceRefused: with ``code``.
     """
+    if not _signs(key, signature, data):
+        raise _another_signature(code, what, by)
+
+
+def require_signed_by(signer: Certificate, signature: bytes, data: bytes, *, code: str, what: str) -> None:
+    """As `require_signature`, for what comes again and again.
+
+    Raises:
+        EvidenceRefused: with ``code``.
+    """
+    if not _signed(signer, signature, data):
+        raise _another_signature(code, what, signer.common_name)
+
+
+@lru_cache(maxsize=16)
+def _signed(signer: Certificate, signature: bytes, data: bytes) -> bool:
+    """Whether the signer's key signed this document."""
+    return _signs(signer.key, signature, data)
+
+
+def _signs(key: PublicKey, signature: bytes, data: bytes) -> bool:
     half = len(signature) // 2
     r, s = int.from_bytes(signature[:half], "big"), int.from_bytes(signature[half:], "big")
     algorithm = _SIGNED_WITH.get((_kind(key), len(signature)))
+    if algorithm is None or not isinstance(key, ec.EllipticCurvePublicKey):
+        return False
     try:
-        if algorithm is None or not isinstance(key, ec.EllipticCurvePublicKey):
-            raise InvalidSignature
         key.verify(utils.encode_dss_signature(r, s), data, ec.ECDSA(algorithm))
-    except InvalidSignature as error:
-        raise EvidenceRefused(
-            code=code, claim=f"signature of {what}", expected=f"by {by}", actual="another"
-        ) from error
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _another_signature(code: str, what: str, by: str) -> EvidenceRefused:
+    return EvidenceRefused(code=code, claim=f"signature of {what}", expected=f"by {by}", actual="another")
 
 
 def require_dates(what: str, not_before: int, not_after: int, *, now: int) -> None:
@@ -365,14 +403,6 @@ def require_dates(what: str, not_before: int, not_after: int, *, now: int) -> No
             expected=f"until {time_text(not_after)}",
             actual=time_text(now),
         )
-
-
-def time_text(seconds: int) -> str:
-    """Unix seconds as ISO 8601 in UTC; out-of-range numbers as they are."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return str(seconds)
 
 
 def _kind(key: PublicKey) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cloister.core.evidence.bundle import Collateral
 from cloister.core.evidence.dcap import QuoteSignature
 from cloister.core.evidence.pck import EXTENSION_OID, PckExtension
+from cloister.core.times import time_text
 from cloister.core.verifier.anchors import TrustAnchors, described
 from cloister.core.verifier.chain import (
     Certificate,
@@ -18,11 +19,11 @@ from cloister.core.verifier.chain import (
     load_crl,
     require_dates,
     require_not_revoked,
-    require_signature,
-    time_text,
+    require_signed_by,
     verify_chain,
     verify_crl,
 )
+from cloister.core.verifier.collateral_key import pck_extension
 from cloister.core.verifier.qe import QeIdentity
 from cloister.core.verifier.result import CollateralMark, Step
 from cloister.core.verifier.tcb import TcbInfo
@@ -87,30 +88,23 @@ def verify_pck(chains: Chains, now: int, steps: list[Step]) -> PckExtension:
     _require_name(leaf, "SGX PCK Certificate", "evidence.pck-chain")
     _require_name(issuer, "SGX PCK", "evidence.pck-chain")
     verify_chain(chains.pck, now=now, code="evidence.pck-chain", what="PCK chain")
-    platform = _extension(leaf)
+    platform = pck_extension(leaf)
+    if platform is None:
+        raise EvidenceRefused(
+            code="evidence.pck-chain",
+            claim="SGX extension of the PCK",
+            expected=EXTENSION_OID,
+            actual="absent",
+        )
     steps.append(
         passed("3 PCK chain", f"{leaf.common_name} < {issuer.common_name}, FMSPC {platform.fmspc.hex()}")
     )
     return platform
 
 
-def _extension(leaf: Certificate) -> PckExtension:
-    for extension in leaf.parsed.extensions:
-        if extension.oid.dotted_string == EXTENSION_OID:
-            return PckExtension.from_bytes(extension.value.public_bytes())
-    raise EvidenceRefused(
-        code="evidence.pck-chain", claim="SGX extension of the PCK", expected=EXTENSION_OID, actual="absent"
-    )
-
-
 def verify_collateral_chains(chains: Chains, now: int, steps: list[Step]) -> None:
     """Step 4: the chains of CRL issuer, TCB info and QE identity."""
-    _require_name(chains.tcb[0], "SGX TCB Signing", "evidence.tcb-chain")
-    _require_name(chains.qe[0], "SGX TCB Signing", "evidence.qe-chain")
-    verify_chain(chains.crl, now=now, code="evidence.crl-chain", what="PCK CRL issuer chain", leaf_is_ca=True)
-    verify_chain(chains.tcb, now=now, code="evidence.tcb-chain", what="TCB signing chain")
-    if chains.qe != chains.tcb:
-        verify_chain(chains.qe, now=now, code="evidence.qe-chain", what="QE identity signing chain")
+    # That chain needs no verification of its own: it is the end of the PCK's, which step 3 has verified.
     if chains.crl[0].der != chains.pck[1].der:
         raise EvidenceRefused(
             code="evidence.crl-chain",
@@ -118,6 +112,11 @@ def verify_collateral_chains(chains: Chains, now: int, steps: list[Step]) -> Non
             expected=f"{chains.pck[1].common_name} sha256:{chains.pck[1].fingerprint.hex()}",
             actual=f"{chains.crl[0].common_name} sha256:{chains.crl[0].fingerprint.hex()}",
         )
+    _require_name(chains.tcb[0], "SGX TCB Signing", "evidence.tcb-chain")
+    _require_name(chains.qe[0], "SGX TCB Signing", "evidence.qe-chain")
+    verify_chain(chains.tcb, now=now, code="evidence.tcb-chain", what="TCB signing chain")
+    if chains.qe != chains.tcb:
+        verify_chain(chains.qe, now=now, code="evidence.qe-chain", what="QE identity signing chain")
     steps.append(passed("4 collateral chains", f"{chains.crl[0].common_name}; {chains.tcb[0].common_name}"))
 
 
@@ -148,14 +147,7 @@ def verify_tcb_info(
 ) -> TcbInfo:
     """Step 6: TCB info, signed, in force, with this ``name`` as its id, and about this very platform."""
     code = "evidence.tcb-info"
-    require_signature(
-        signer.key,
-        collateral.tcb_info_signature,
-        collateral.tcb_info,
-        code=code,
-        what="TCB info",
-        by=signer.common_name,
-    )
+    require_signed_by(signer, collateral.tcb_info_signature, collateral.tcb_info, code=code, what="TCB info")
     info = TcbInfo.from_bytes(collateral.tcb_info)
     require_dates("TCB info", info.issued, info.next_update, now=now)
     require_equal(code, "TCB info id", name, info.id)
@@ -176,13 +168,8 @@ def verify_qe_identity(
 ) -> QeIdentity:
     """Step 7: QE identity, signed, in force, and with this ``name`` as its id."""
     code = "evidence.qe-identity"
-    require_signature(
-        signer.key,
-        collateral.qe_identity_signature,
-        collateral.qe_identity,
-        code=code,
-        what="QE identity",
-        by=signer.common_name,
+    require_signed_by(
+        signer, collateral.qe_identity_signature, collateral.qe_identity, code=code, what="QE identity"
     )
     identity = QeIdentity.from_bytes(collateral.qe_identity)
     require_dates("QE identity", identity.issued, identity.next_update, now=now)

@@ -16,17 +16,15 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final
 
-from cloister.core.evidence.dcap import Quote
+from cloister.core.evidence.dcap import TEES, Quote
 from cloister.core.evidence.pck import EXTENSION_OID, PckExtension
-from cloister.core.verifier.chain import load_chain
+from cloister.core.evidence.snp import TCB_SIZE
+from cloister.core.evidence.vek import CHIP_ID_SIZE
+from cloister.core.verifier.chain import Certificate, load_chain
 from cloister.errors import EvidenceError
 
 FMSPC_SIZE: Final = 6  # bytes
-CHIP_ID_SIZE: Final = 64  # bytes
-TCB_SIZE: Final = 8  # bytes
 CAS: Final = ("processor", "platform")  # Intel's two intermediate CAs, as its service names them
-
-_TEES: Final = {0x00: "sgx", 0x81: "tdx"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +42,7 @@ class DcapKey:
     ca: str
 
     def __post_init__(self) -> None:
-        for claim, actual, known in (("tee", self.tee, tuple(_TEES.values())), ("ca", self.ca, CAS)):
+        for claim, actual, known in (("tee", self.tee, tuple(TEES.values())), ("ca", self.ca, CAS)):
             if actual not in known:
                 raise EvidenceError(claim=claim, expected=", ".join(known), actual=repr(actual)[:40])
         _require_size("fmspc", self.fmspc, FMSPC_SIZE)
@@ -71,11 +69,10 @@ class DcapKey:
                 expected=" or ".join(CAS),
                 actual=", ".join(certificate.common_name for certificate in chain)[:120],
             )
-        for extension in chain[0].parsed.extensions:
-            if extension.oid.dotted_string == EXTENSION_OID:
-                platform = PckExtension.from_bytes(extension.value.public_bytes())
-                return cls(tee=_TEES[quote.header.tee_type], fmspc=platform.fmspc, ca=names[0])
-        raise EvidenceError("the PCK certificate has no SGX extension", claim="SGX extension")
+        platform = pck_extension(chain[0])
+        if platform is None:
+            raise EvidenceError("the PCK certificate has no SGX extension", claim="SGX extension")
+        return cls(tee=TEES[quote.header.tee_type], fmspc=platform.fmspc, ca=names[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +95,14 @@ class SnpKey:
     def file(self) -> str:
         """Name of the file, relative to the folder."""
         return f"snp/{self.chip_id.hex()}-{self.tcb.hex()}.pem"
+
+
+def pck_extension(leaf: Certificate) -> PckExtension | None:
+    """What a PCK certificate says of its platform; None where it says nothing; raises EvidenceError."""
+    for extension in leaf.parsed.extensions:
+        if extension.oid.dotted_string == EXTENSION_OID:
+            return PckExtension.from_bytes(extension.value.public_bytes())
+    return None
 
 
 def crl_file(ark: bytes) -> str:

@@ -6,7 +6,7 @@ Steps, cited by number below:
    quoting enclave.
 2. Each chain (PCK, PCK CRL issuer, TCB signing twice) ends in a root byte-equal to the pinned one.
 3. PCK leaf, PCK CA, root: signatures, CA bits, dates, names.
-4. The other chains likewise; the PCK CRL's issuer is the PCK's issuer.
+4. The PCK CRL's issuer is the PCK's issuer; the other chains likewise.
 5. The root CRL covers the CAs and the TCB signers, the PCK CRL covers the PCK; nothing is revoked.
 6. TCB info: signature over its exact text, dates, id of the TEE, version, FMSPC and PCEID of the PCK.
 7. QE identity: signature over its exact text, dates, id of the TEE, version.
@@ -34,8 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cloister.core.evidence.bundle import Collateral, Evidence
 from cloister.core.evidence.dcap import (
     CERTIFICATION_PEM_CHAIN,
-    TEE_SGX,
-    TEE_TDX,
+    TEES,
     Body,
     Quote,
     QuoteSignature,
@@ -66,8 +65,8 @@ from cloister.errors import EvidenceRefused
 
 QE_VENDOR_INTEL: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 
-_TEES: Final = {TEE_SGX: "sgx", TEE_TDX: "tdx"}
-_DOCUMENTS: Final = {"sgx": ("SGX", "QE"), "tdx": ("TDX", "TD_QE")}  # ids of TCB info and QE identity
+# Ids of TCB info and QE identity by TEE.
+DOCUMENTS: Final = MappingProxyType({"sgx": ("SGX", "QE"), "tdx": ("TDX", "TD_QE")})
 
 
 def verify(
@@ -94,7 +93,7 @@ def verify(
     platform = verify_pck(chains, now, steps)
     verify_collateral_chains(chains, now, steps)
     verify_revocation(chains, now, steps)
-    info_id, identity_id = _DOCUMENTS[evidence.tee]
+    info_id, identity_id = DOCUMENTS[evidence.tee]
     tcb_info = verify_tcb_info(collateral, chains.tcb[0], platform, now, steps, name=info_id)
     identity = verify_qe_identity(collateral, chains.qe[0], now, steps, name=identity_id)
     _verify_qe_report(quote.signature, chains.pck[0], steps)
@@ -121,7 +120,7 @@ def verify(
 
 def _require_quote(quote: Quote, evidence: Evidence, steps: list[Step]) -> None:
     """Step 1."""
-    require_equal("evidence.tee", "TEE of the quote", evidence.tee, _TEES[quote.header.tee_type])
+    require_equal("evidence.tee", "TEE of the quote", evidence.tee, TEES[quote.header.tee_type])
     if quote.header.qe_vendor_id != QE_VENDOR_INTEL:
         raise EvidenceRefused(
             code="evidence.qe-vendor",
@@ -214,7 +213,7 @@ def _result(
     levels: Sequence[TcbLevel | IsvLevel],
     steps: Sequence[Step],
 ) -> VerifiedEvidence:
-    certificates = {*chains.pck, *chains.crl, *chains.tcb, *chains.qe}
+    certificates = {*chains.pck, *chains.tcb, *chains.qe}  # the CRL's issuers are the PCK's
     expiries = [certificate.not_after for certificate in certificates]
     expiries += [
         chains.root_crl.next_update,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
+from cloister.core.evidence.pem import to_pem
+from cloister.core.evidence.snp import PRODUCTS
 from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS, TrustAnchors, split_certificates
-from cloister.core.verifier.chain import read_pem, to_pem
+from cloister.core.verifier.chain import read_pem
 from cloister.core.verifier.documents import STATUSES
 from cloister.errors import EvidenceError, UsageError
 
 MAX_VALUES: Final = 256  # entries of one set
-PRODUCTS: Final = frozenset({"Milan", "Genoa", "Turin"})  # AMD processors whose root keys are embedded
 SECONDS_PER_YEAR: Final = 366 * 86400
 
 _HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2})+", re.ASCII)
@@ -245,7 +246,7 @@ FORMS: Final[Mapping[str, Form]] = MappingProxyType(
         "image_id": OctetSet(16),
         "id_key_digest": OctetSet(48),
         "author_key_digest": OctetSet(48),
-        "products": Names(allowed=PRODUCTS),
+        "products": Names(allowed=frozenset(PRODUCTS)),
         "chip_ids": OctetSet(64),
         "min_bootloader": Number(0, _U8),
         "min_tee": Number(0, _U8),

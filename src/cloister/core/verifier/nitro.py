@@ -18,6 +18,7 @@ from typing import Final
 
 from cloister.core.evidence.bundle import Evidence
 from cloister.core.evidence.nitro import NitroDocument
+from cloister.core.times import time_text
 from cloister.core.verifier.anchors import TrustAnchors, described
 from cloister.core.verifier.chain import (
     NITRO,
@@ -25,15 +26,13 @@ from cloister.core.verifier.chain import (
     load_certificate,
     require_dates,
     require_signature,
-    time_text,
     verify_chain,
 )
 from cloister.core.verifier.collateral import passed
-from cloister.core.verifier.result import NitroPlatform, Step, VerifiedEvidence
+from cloister.core.verifier.result import MAX_AHEAD, NitroPlatform, Step, VerifiedEvidence
 from cloister.errors import EvidenceRefused
 
-MAX_SKEW: Final = 300  # seconds that AWS's clock may be ahead of ours
-MAX_AGE: Final = 3 * 3600 + MAX_SKEW  # seconds; AWS's leaves live 3 hours and 3 seconds
+MAX_AGE: Final = 3 * 3600 + MAX_AHEAD  # seconds; AWS's leaves live 3 hours and 3 seconds
 
 
 def verify(
@@ -102,7 +101,7 @@ def _require_timestamp(made: int, leaf: Certificate, now: int, steps: list[Step]
             expected=f"{time_text(leaf.not_before)} to {time_text(leaf.not_after)}, as its certificate",
             actual=time_text(made),
         )
-    require_dates("the Nitro document", made - MAX_SKEW, made + MAX_AGE, now=now)
+    require_dates("the Nitro document", made - MAX_AHEAD, made + MAX_AGE, now=now)
     steps.append(passed("5 timestamp", f"made at {time_text(made)}"))
 
 

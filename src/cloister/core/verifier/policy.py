@@ -66,8 +66,8 @@ class AppraisalPolicy:
         mr_owner_config: TDX: MROWNERCONFIG, 48 B each; optional.
         mr_seam: TDX: TDX modules, 48 B each; optional, as Intel's TCB info decides about them.
         mr_service_td: TDX: service TDs that may be bound, 48 B each; none by default.
-        td_attributes: TDX: TDATTRIBUTES, 8 B; never DEBUG. SEPT_VE_DISABLE is demanded in any case.
-        td_attributes_mask: TDX: 8 B; covers DEBUG.
+        td_attributes: TDX: TDATTRIBUTES, 8 B; never DEBUG or MIGRATABLE. SEPT_VE_DISABLE is demanded always.
+        td_attributes_mask: TDX: 8 B; covers both.
         xfam: TDX: XFAM, 8 B.
         xfam_mask: TDX: 8 B; zero by default, as XFAM depends on the processor.
         min_tee_tcb_svn: TDX: least TEE_TCB_SVN, 16 B; zero by default, as Intel's TCB info decides.
@@ -85,7 +85,8 @@ class AppraisalPolicy:
         author_key_digest: SNP: 48 B each; optional.
         products: SNP: ``"Milan"``, ``"Genoa"``, ``"Turin"``; none where ``any_platform`` is set.
         chip_ids: SNP: processors, 64 B each; optional.
-        min_bootloader: SNP: least security version of this part of the reported TCB.
+        min_bootloader: SNP: least security version of this part of the TCB: as reported, at the guest's
+            launch, and committed.
         min_tee: SNP: likewise.
         min_snp: SNP: likewise.
         min_microcode: SNP: likewise.

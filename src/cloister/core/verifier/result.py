@@ -8,8 +8,10 @@ from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from cloister.core import encoding
-from cloister.core.verifier.chain import time_text
+from cloister.core.times import time_text
 from cloister.errors import BindingRefused, EvidenceRefused
+
+MAX_AHEAD: Final = 300  # seconds that the clock of whoever dated evidence or collateral may be ahead of ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

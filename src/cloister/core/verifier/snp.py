@@ -25,6 +25,7 @@ from typing import Final, cast
 from cloister.core.evidence.bundle import AmdCollateral, Evidence
 from cloister.core.evidence.snp import ALGORITHM_ECDSA_P384, PRODUCTS, VCEK, VLEK, SnpReport, SnpTcb
 from cloister.core.evidence.vek import ARC, VekExtensions
+from cloister.core.times import time_text
 from cloister.core.verifier.anchors import TrustAnchors, described
 from cloister.core.verifier.chain import (
     AMD,
@@ -34,7 +35,6 @@ from cloister.core.verifier.chain import (
     load_crl,
     require_not_revoked,
     require_signature,
-    time_text,
     verify_chain,
     verify_crl,
 )
@@ -81,7 +81,7 @@ def verify(
     chain = _load_chain(collateral)
     anchors.require_root("snp", chain.ark)  # a simulated one is named as such
     steps.append(passed("2 root certificate", described(chain.ark)))
-    vek = _read_extensions(chain.vek)
+    vek = read_extensions(chain.vek)
     product = _require_product(report, chain, vek, steps)
     _verify_chain(chain, report.signer, product, now, steps)
     crl = _verify_revocation(collateral, chain, now, steps)
@@ -227,7 +227,8 @@ def _parts_text(tcb: SnpTcb) -> str:
     return ", ".join(f"{name} {number}" for name, number in tcb.parts.items())
 
 
-def _read_extensions(vek: Certificate) -> VekExtensions:
+def read_extensions(vek: Certificate) -> VekExtensions:
+    """What a VCEK or VLEK says of its processor; raises EvidenceError."""
     return VekExtensions.from_values(
         {
             extension.oid.dotted_string.removeprefix(ARC): extension.value.public_bytes()

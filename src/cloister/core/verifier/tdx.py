@@ -77,10 +77,8 @@ def _evaluate(svn: bytes, platform: PckExtension, info: TcbInfo, qe: IsvLevel, *
         parts[module] = level.status
         status = merge_status(status, level.status)
         levels.append(level)
-    for (
-        name,
-        part,
-    ) in parts.items():  # Intel's QVL would let a TD pass below a platform's level that is revoked
+    # Intel's QVL would let a TD pass below a platform's level that is revoked.
+    for name, part in parts.items():
         require_good(name, part)
     return _Tcb(status=status, parts=parts, levels=tuple(levels))
 

@@ -14,11 +14,10 @@ from typing import Any, Final
 from cloister.core.encoding import decode, encode
 from cloister.core.evidence.bundle import Evidence
 from cloister.core.secret import Secret
+from cloister.enclave.attester.device import SEALING_KEY_SIZE, require_report_data
 from cloister.errors import FormatError, TransportError, Unavailable, UsageError
 
 DEVICE_VARIABLE: Final = "CLOISTER_TEE_FD"
-REPORT_DATA_SIZE: Final = 64  # bytes
-SEALING_KEY_SIZE: Final = 32  # bytes
 MAX_ANSWER: Final = 1 << 20  # bytes; a quote with its collateral has about 20 KiB
 TIMEOUT: Final = 10.0  # seconds
 
@@ -77,14 +76,7 @@ class SimulatedAttester:
             FormatError: the device's answer does not parse.
             Unavailable: the device refused, or doesn't answer.
         """
-        if len(report_data) != REPORT_DATA_SIZE:
-            raise UsageError(
-                "report data has the wrong length",
-                code="attester.report-data",
-                claim="report_data",
-                expected=f"{REPORT_DATA_SIZE} B",
-                actual=f"{len(report_data)} B",
-            )
+        require_report_data(report_data)
         return Evidence.from_data(self._ask({"op": "evidence", "report_data": report_data}, "evidence"))
 
     def sealing_key(self) -> Secret:

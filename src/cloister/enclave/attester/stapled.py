@@ -21,7 +21,7 @@ from cloister.core.evidence.bundle import (
     Collateral,
     Evidence,
 )
-from cloister.core.evidence.snp import VCEK, SnpReport
+from cloister.core.evidence.snp import VCEK, VLEK, SnpReport
 from cloister.core.evidence.snp_table import CertificateTable
 from cloister.core.verifier.chain import AMD, MAX_PEM, load_chain, load_crl
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
@@ -66,7 +66,7 @@ class StapledCollateral:
         Raises:
             UsageError: there is no folder.
             FormatError: the report, the table or the collateral does not parse.
-            Unavailable: neither has what this processor needs.
+            Unavailable: neither has what this processor needs; or a VLEK signed, and the table lacks it.
         """
         report = SnpReport.from_bytes(raw)
         key = SnpKey(chip_id=report.chip_id, tcb=report.reported_tcb)
@@ -74,6 +74,8 @@ class StapledCollateral:
         offered = CertificateTable.from_bytes(table) if any(table) else None
         if offered and all(offered.find(name) for name in (report.signer or VCEK, "ASK", "ARK")):
             collateral = offered.to_collateral(report.signer or VCEK)
+        elif report.signer == VLEK:
+            raise _no_vlek()
         else:
             pem = self._read(key.file, MAX_PEM, "certificates of this processor", need)
             collateral = AmdCollateral(certificates=pem)
@@ -121,3 +123,15 @@ class StapledCollateral:
                 actual=f"{len(data)} B" if data else "nothing",
             )
         return data
+
+
+def _no_vlek() -> Unavailable:
+    """AMD gives VLEKs to cloud providers alone: no folder can be filled with them."""
+    return Unavailable(
+        "the certificate of the key that signed this report is nowhere",
+        code="attester.collateral",
+        claim=VLEK,
+        expected="VLEK, ASK and ARK in the certificate table beside the report",
+        actual="another table, or none",
+        hint="The host must put the VLEK into the certificate table; it can't be fetched",
+    )

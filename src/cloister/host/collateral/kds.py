@@ -11,13 +11,14 @@ A VLEK is given out to its cloud provider alone, whose hosts put it into the cer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from cloister.core.evidence.bundle import MAX_COLLATERAL_PART
 from cloister.core.evidence.snp import PRODUCTS, SnpTcb
 from cloister.core.evidence.snp_table import make_collateral
+from cloister.core.evidence.vek import TURIN_CHIP_ID_SIZE, VekExtensions
 from cloister.core.verifier.chain import (
     AMD,
     MAX_CERTIFICATE,
@@ -29,12 +30,12 @@ from cloister.core.verifier.chain import (
     verify_crl,
 )
 from cloister.core.verifier.collateral_key import SnpKey
+from cloister.core.verifier.snp import read_extensions
 from cloister.errors import FormatError, UsageError
 from cloister.host.collateral.service import Service, require_url
 
 AMD_KDS: Final = "https://kdsintf.amd.com"
 
-_TURIN_CHIP_ID: Final = 8  # bytes that its service knows; the report's others are zero
 _ARGUMENTS: Final = {
     "fmc": "fmcSPL",
     "bootloader": "blSPL",
@@ -75,7 +76,7 @@ def fetch_snp(
     Raises:
         UsageError: an unknown product, a masked chip, or a URL that is none.
         NotFound: the service doesn't know the chip, or not with this TCB.
-        FormatError: an answer does not parse.
+        FormatError: an answer does not parse, or is for another processor or TCB.
         EvidenceRefused: a signature is wrong, or something has expired.
         Unavailable: the service doesn't answer.
     """
@@ -90,7 +91,8 @@ def fetch_snp(
             hint="Its certificates must come in the table that the host gives with a report",
         )
     parts = SnpTcb.from_bytes(key.tcb, product).parts
-    chip = key.chip_id[:_TURIN_CHIP_ID] if product == "Turin" else key.chip_id
+    # Turin's service knows 8 B of the report's 64; the others are zero.
+    chip = key.chip_id[:TURIN_CHIP_ID_SIZE] if product == "Turin" else key.chip_id
     shared = fetch_snp_crl(service, product, now=now, kds=kds, say=say)
     say("VCEK")
     vcek = service.get(
@@ -102,6 +104,7 @@ def fetch_snp(
     certificates = make_collateral(vek=vcek, ask=shared.ask, ark=shared.ark).certificates
     chain = load_chain(certificates, AMD)
     verify_chain(chain, now=now, code="collateral.chain", what="VCEK chain", leaf_states_usage=False)
+    _require_vcek(read_extensions(chain[0]), parts, chip)
     return certificates, shared
 
 
@@ -137,6 +140,22 @@ def fetch_snp_crl(
     crl = service.get(f"{base}/crl", {}, limit=MAX_COLLATERAL_PART, what="revocation list").body
     verify_crl(load_crl(crl, AMD), chain[1], now=now, code="collateral.crl", what="revocation list")
     return ProductCollateral(ask=ders[0], ark=ders[1], crl=crl)
+
+
+def _require_vcek(vcek: VekExtensions, tcb: Mapping[str, int], chip: bytes) -> None:
+    """Refuse a VCEK for something else than was asked for: it would replace the one that fits."""
+    for claim, expected, actual in (
+        ("TCB", str(dict(tcb)), str(dict(vcek.tcb.parts))),
+        ("chip", chip.hex(), vcek.chip_id.hex()),
+    ):
+        if expected != actual:
+            raise FormatError(
+                "the service's VCEK is another",
+                code="collateral.foreign",
+                claim=claim,
+                expected=expected,
+                actual=actual,
+            )
 
 
 def _require_product(product: str) -> None:

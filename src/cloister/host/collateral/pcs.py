@@ -9,20 +9,22 @@ fields.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from cloister.core.evidence.bundle import MAX_COLLATERAL_PART, Collateral
+from cloister.core.verifier.anchors import described
 from cloister.core.verifier.chain import (
     Certificate,
     load_chain,
     load_crl,
-    require_signature,
+    require_signed_by,
     verify_chain,
     verify_crl,
 )
 from cloister.core.verifier.collateral_key import DcapKey
+from cloister.core.verifier.dcap import DOCUMENTS
 from cloister.core.verifier.qe import QeIdentity
 from cloister.core.verifier.tcb import TcbInfo
 from cloister.errors import FormatError, UsageError
@@ -50,7 +52,7 @@ def fetch_dcap(
 ) -> Collateral:
     """Fetch everything that evidence of one platform family needs, and check that it belongs together.
 
-    The check is no verification: any root will do. It keeps damaged, foreign and expired collateral from
+    The check is no verification: any one root will do. It keeps damaged, foreign and expired collateral from
     being stored.
 
     Args:
@@ -104,7 +106,7 @@ def fetch_dcap(
 
 
 def require_coherent(collateral: Collateral, key: DcapKey, *, now: int) -> None:
-    """Refuse collateral of another platform family, CA or TEE, with a wrong signature, or out of date.
+    """Refuse collateral of another platform family, CA, TEE or root, wrongly signed, or out of date.
 
     Raises:
         FormatError: it does not parse, or is for something else.
@@ -112,6 +114,7 @@ def require_coherent(collateral: Collateral, key: DcapKey, *, now: int) -> None:
     """
     issuer = load_chain(collateral.pck_crl_issuer_chain)
     verify_chain(issuer, now=now, code="collateral.chain", what="PCK CRL issuer chain", leaf_is_ca=True)
+    _require_two(issuer, "PCK CRL issuer chain")
     if key.ca not in issuer[0].common_name.lower():
         raise _foreign("issuer of the PCK CRL", f"the {key.ca} CA", issuer[0].common_name)
     for crl, by, what in (
@@ -123,10 +126,11 @@ def require_coherent(collateral: Collateral, key: DcapKey, *, now: int) -> None:
         TcbInfo.from_bytes(collateral.tcb_info),
         QeIdentity.from_bytes(collateral.qe_identity),
     )
-    if (tcb_info.id, tcb_info.fmspc) != (key.tee.upper(), key.fmspc):
-        expected = f"{key.tee.upper()} {key.fmspc.hex()}"
+    info_id, identity_id = DOCUMENTS[key.tee]
+    if (tcb_info.id, tcb_info.fmspc) != (info_id, key.fmspc):
+        expected = f"{info_id} {key.fmspc.hex()}"
         raise _foreign("TCB info", expected, f"{tcb_info.id} {tcb_info.fmspc.hex()}")
-    if identity.id != ("QE" if key.tee == "sgx" else "TD_QE"):
+    if identity.id != identity_id:
         raise _foreign("QE identity", f"that of {key.tee.upper()}", identity.id)
     for text, signature, pem, what, next_update in (
         (
@@ -144,10 +148,8 @@ def require_coherent(collateral: Collateral, key: DcapKey, *, now: int) -> None:
             identity.next_update,
         ),
     ):
-        signer = _signer(pem, what, now)
-        require_signature(
-            signer.key, signature, text, code="collateral.signature", what=what, by=signer.common_name
-        )
+        signer = _signer(pem, issuer[-1], what, now)
+        require_signed_by(signer, signature, text, code="collateral.signature", what=what)
         if next_update < now:
             raise _foreign(f"validity of the {what}", f"beyond {now}", next_update)
 
@@ -231,10 +233,20 @@ def _der(body: bytes, what: str) -> bytes:
         ) from error
 
 
-def _signer(pem: bytes, what: str, now: int) -> Certificate:
+def _signer(pem: bytes, root: Certificate, what: str, now: int) -> Certificate:
+    """Who signed, directly under the root that everything else has, too."""
     chain = load_chain(pem)
     verify_chain(chain, now=now, code="collateral.chain", what=f"{what} signing chain")
+    _require_two(chain, f"{what} signing chain")
+    if chain[-1].der != root.der:
+        raise _foreign(f"root of the {what}", described(root), described(chain[-1]))
     return chain[0]
+
+
+def _require_two(chain: Sequence[Certificate], what: str) -> None:
+    """Refuse anything but a certificate and its root, as a verifier does."""
+    if len(chain) != 2:
+        raise _foreign(what, "2 certificates", len(chain))
 
 
 def _foreign(claim: str, expected: str, actual: Any) -> FormatError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +14,7 @@ import httpx
 from cloister.errors import FormatError, NotFound, Unavailable, UsageError
 
 TIMEOUT: Final = httpx.Timeout(20.0, connect=5.0)  # seconds between two signs of life
-DEADLINE: Final = 60.0  # seconds for one whole answer
+DEADLINE: Final = 60.0  # seconds for one request and its whole answer
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -27,13 +27,17 @@ class Fetched:
 
 
 class Service:
-    """A connection pool for GET requests. Close it when done; no redirect is followed."""
+    """A connection pool for GET requests. Close it when done; no redirect is followed.
+
+    It has an event loop of its own, because only a task can be given up whatever it is waiting for. So it
+    can't be used where a loop is running.
+    """
 
     def __init__(
         self,
         *,
         tls_ca: str | None = None,
-        transport: httpx.BaseTransport | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
         deadline: float = DEADLINE,
     ) -> None:
         """Make a client.
@@ -41,7 +45,7 @@ class Service:
         Args:
             tls_ca: File of certificates (PEM) to believe instead of the system's, for a private cache.
             transport: An httpx transport that carries everything, for tests.
-            deadline: Seconds for one whole answer.
+            deadline: Seconds for one request and its whole answer.
 
         Raises:
             UsageError: the file holds no certificates.
@@ -53,7 +57,8 @@ class Service:
                 "the certificates can't be read", code="collateral.tls", claim="--tls-ca", actual=tls_ca
             ) from error
         self._deadline = deadline
-        self._http = httpx.Client(
+        self._runner = asyncio.Runner()
+        self._http = httpx.AsyncClient(
             verify=context, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False
         )
 
@@ -65,7 +70,8 @@ class Service:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._http.close()
+        with self._runner:
+            self._runner.run(self._http.aclose())
 
     def get(self, url: str, query: Mapping[str, str], *, limit: int, what: str) -> Fetched:
         """Fetch one thing.
@@ -83,27 +89,9 @@ class Service:
             Unavailable: no answer in time, or another status.
         """
         require_url(url)
-        until = time.monotonic() + self._deadline
         try:
-            with self._http.stream(
-                "GET", url, params=dict(query), headers={"accept-encoding": "identity"}
-            ) as answer:
-                _require_status(answer.status_code, url, what)
-                body = bytearray()
-                for part in answer.iter_raw():
-                    body += part
-                    if len(body) > limit:
-                        raise FormatError(
-                            f"the {what} is too long",
-                            code="collateral.format",
-                            claim=what,
-                            expected=f"at most {limit} B",
-                            actual="more",
-                        )
-                    if time.monotonic() > until:
-                        raise httpx.ReadTimeout("the whole answer took too long")
-                return Fetched(body=bytes(body), fields=dict(answer.headers))
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+            return self._runner.run(self._get(url, query, limit, what))
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, TimeoutError) as error:
             raise Unavailable(
                 f"the {what} could not be fetched",
                 code="collateral.service",
@@ -111,6 +99,27 @@ class Service:
                 expected="an answer",
                 actual=type(error).__name__,
             ) from error
+
+    async def _get(self, url: str, query: Mapping[str, str], limit: int, what: str) -> Fetched:
+        async with (
+            asyncio.timeout(self._deadline),
+            self._http.stream(
+                "GET", url, params=dict(query), headers={"accept-encoding": "identity"}
+            ) as answer,
+        ):
+            _require_status(answer.status_code, url, what)
+            body = bytearray()
+            async for part in answer.aiter_raw():
+                body += part
+                if len(body) > limit:
+                    raise FormatError(
+                        f"the {what} is too long",
+                        code="collateral.format",
+                        claim=what,
+                        expected=f"at most {limit} B",
+                        actual="more",
+                    )
+            return Fetched(body=bytes(body), fields=dict(answer.headers))
 
 
 def require_url(url: str) -> str:
