@@ -472,6 +472,8 @@ def test_a_body_in_pieces_is_begun_again_where_an_idle_connection_was_gone() -> 
     body = Made()
     with server(answer_and_close, OK) as other, wire(other.port) as made:
         post(made)
+        while made._idle[-1].stands:
+            time.sleep(0.001)
         made.request(b"POST", b"/ohttp", FIELDS, body, timeout=5)
         assert other.connections == 2
         assert other.requests[-1].endswith(b"".join(Made().pieces()))
