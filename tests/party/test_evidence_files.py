@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -736,6 +738,83 @@ def test_a_policy_and_roots_contradict(folder):
     arguments = ["verify", folder / "sgx.bin", *given(folder, "sgx"), "--policy", folder / "sgx.toml"]
     code, output = run(*arguments, "--simulated-root", folder / "roots.pem")
     assert (code, "usage.roots" in output) == (1, True)
+
+
+@pytest.mark.parametrize("tee", tees.TEES)
+def test_a_refusal_by_the_policy_shows_what_was_passed_and_what_was_not(folder, tee, measured, authority):
+    register = {"sgx": "mr_enclave", "tdx": "rtmr3", "snp": "measurement", "nitro": "pcr2"}[tee]
+    policy = reference_policy(measured, authority.roots_der, tee)
+    size = len(next(iter(getattr(policy, register))))
+    other = dataclasses.replace(policy, **{register: frozenset({b"x" * size})})
+    (folder / "other.toml").write_text(other.to_toml())
+    arguments = ["verify", folder / f"{tee}.bin", *given(folder, tee), "--at", NOW]
+    code, output = run(*arguments, "--policy", folder / "other.toml", "--json")
+    refused = json.loads(output)
+    assert (code, refused["error"], refused["verdict"]) == (1, f"appraisal.{register}", "refused")
+    *passed, last = refused["steps"]
+    assert {"simulated", "tee", "debug"} <= {step["name"] for step in passed}
+    assert {step["outcome"] for step in passed} <= {"ok", "note"}
+    assert (last["name"], last["outcome"]) == (register, "refused")
+    assert (b"x" * size).hex() in last["detail"]
+    code, output = run(*arguments, "--policy", folder / "other.toml")
+    assert code == 1
+    assert re.search(rf"^{register} +refused  expected 78787878", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("tee", tees.TEES)
+def test_what_the_evidence_binds(folder, tee, evidence):
+    bound = read_signed(evidence[tee].quote).parsed
+    raw = bound.user_data if tee == "nitro" else getattr(bound, "body", bound).report_data
+    root = ("--simulated-root", folder / "roots.pem")
+    arguments = ["verify", folder / f"{tee}.bin", *given(folder, tee), "--at", NOW, *root]
+    code, output = run(*arguments)
+    assert code == 0
+    assert raw.hex() in output
+    assert "no --report-data" in output
+    code, output = run(*arguments, "--report-data", raw.hex())
+    assert (code, "no --report-data" in output) == (0, False)
+    code, output = run(*arguments, "--report-data", "00" + raw.hex()[2:], "--json")
+    refused = json.loads(output)
+    assert (code, refused["error"]) == (1, "binding.report-data")
+    assert refused["claim"] == ("user_data" if tee == "nitro" else "REPORTDATA")
+    code, output = run(*arguments, "--report-data", "0g")
+    assert (code, "usage.report-data" in output) == (1, True)
+
+
+def test_zeros_behind_the_report_data_may_be_left_out(folder, authority, measured):
+    short = tees.evidence(authority, measured, "sgx", b"nonce".ljust(64, b"\0"), NOW)
+    (folder / "short.bin").write_bytes(short.quote)
+    arguments = ["verify", folder / "short.bin", *given(folder, "sgx"), "--at", NOW]
+    root = ("--simulated-root", folder / "roots.pem")
+    assert run(*arguments, *root, "--report-data", b"nonce".hex())[0] == 0
+    assert run(*arguments, *root, "--report-data", b"nonc".hex())[0] == 1
+
+
+def test_verdicts(folder):
+    arguments = ["verify", folder / "sgx.bin", *given(folder, "sgx"), "--at", NOW, "--json"]
+    genuine = json.loads(run(*arguments, "--simulated-root", folder / "roots.pem")[1])
+    accepted = json.loads(run(*arguments, "--policy", folder / "sgx.toml")[1])
+    assert (genuine["verdict"], genuine["policy"]) == ("genuine", None)
+    assert (accepted["verdict"], len(accepted["policy"])) == ("accepted", 64)
+    assert accepted["not_after"] <= genuine["not_after"]
+
+
+def test_real_debug_evidence_is_genuine_and_says_so_loudly():
+    folder = VECTORS / "dcap" / "tdx-v4-debug"
+    if not folder.exists():
+        pytest.skip("no real evidence here")
+    at = json.loads((folder / "expected.json").read_text())["verify_at"]
+    arguments = ["verify", folder / "quote.bin", "--collateral", folder / "collateral.json", "--at", at]
+    code, output = run(*arguments)
+    assert (code, "DEBUG: whoever runs this machine" in output) == (0, True)
+    found = json.loads(run(*arguments, "--json")[1])
+    assert (found["verdict"], found["debug"]) == ("genuine", True)
+
+
+def test_registers_are_shown_as_policies_name_them(folder):
+    fields = json.loads(run("show", folder / "nitro.bin", "--json")[1])["fields"]
+    assert all(len(fields[f"pcr{index}"]) == 96 for index in range(3))
+    assert not [value for value in fields.values() if str(value).startswith(("{", "b'", "mappingproxy"))]
 
 
 def test_expired_evidence_shows_how_far_it_came(folder):
