@@ -20,8 +20,8 @@ from benchmarks.models import locate  # noqa: E402
 
 from benchmarks import processes  # noqa: E402
 from cloister.errors import CloisterError, Overloaded  # noqa: E402
+from cloister.net.body import Body  # noqa: E402
 from cloister.net.front import Answer, Head, serve  # noqa: E402
-from support.fronts import whole  # noqa: E402
 
 
 def ask(tmp_path: Path, handler: Callable[[int], Answer], clients: int = 2, seconds: float = 0.2) -> Slice:
@@ -30,8 +30,8 @@ def ask(tmp_path: Path, handler: Callable[[int], Answer], clients: int = 2, seco
     (tmp_path / "answer").write_bytes(b"right")
     asked = 0
 
-    @whole
-    async def handle(head: Head, body: memoryview) -> Answer:
+    async def handle(head: Head, body: Body) -> Answer:
+        await body.whole()
         nonlocal asked
         asked += 1
         assert bytes(body) == b"question"
