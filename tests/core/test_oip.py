@@ -315,6 +315,8 @@ def test_json_response_round_trip(array):
     assert buffers == []
     back = oip.decode_response(memoryview(header), None)["y"]
     assert back.dtype == array.dtype
+    if array.dtype == oip.BFLOAT16:  # as numbers: what kind of NaN it was, JSON can't say
+        back, array = oip.float32(back), oip.float32(array)
     np.testing.assert_array_equal(back, array)
 
 
