@@ -414,8 +414,10 @@ def _json_tensor(name: str, array: Array) -> dict[str, Any]:
 
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether a type is ours, or the one that ml_dtypes adds to NumPy."""
-    return dtype == BFLOAT16 or (dtype.name == "bfloat16" and dtype.itemsize == 2)
+    """Whether a type is ours, or the one that ml_dtypes adds to NumPy; both are of kind V."""
+    if dtype.kind != "V" or dtype.itemsize != 2:
+        return False
+    return dtype == BFLOAT16 or dtype.name == "bfloat16"
 
 
 def _bits(array: Array) -> Array:
