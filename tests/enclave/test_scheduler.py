@@ -17,10 +17,12 @@ import pytest
 
 from cloister.core.oip import Array
 from cloister.core.protocol.statement import ServingOptions
+from cloister.enclave.worker import jobs
 from cloister.enclave.worker import scheduler as module
 from cloister.enclave.worker.batching import TRIALS
+from cloister.enclave.worker.jobs import Call, Outcome
 from cloister.enclave.worker.models import TensorSpec
-from cloister.enclave.worker.scheduler import Call, Outcome, Scheduler
+from cloister.enclave.worker.scheduler import Scheduler
 from cloister.errors import CloisterError, DeadlineExceeded, InvalidRequest, Overloaded
 
 pytestmark = pytest.mark.asyncio
@@ -352,7 +354,7 @@ async def test_a_request_is_cancelled_and_refused_in_the_same_round(bench_of, th
     if then == "withdrawn":
         bench.scheduler.enter(b"one").__exit__(None, None, None)
     else:
-        bench.scheduler._expire(place._job)
+        bench.scheduler._expire(place.job)
     results = await settled(bench, held, *tasks)
     assert [type(each).__name__ for each in results] == ["Outcome", "Outcome", "CancelledError"]
 
@@ -504,7 +506,7 @@ async def learn(bench: Bench, limit: int = 8, **options: Any) -> None:
 @pytest.fixture(autouse=True)
 def _frozen(monkeypatch):
     """A profile whose `_choose` a test took away keeps its limit."""
-    real = module.Profile
+    real = jobs.Profile
 
     class Frozen(real):
         _choose: Any = real._choose
@@ -513,7 +515,7 @@ def _frozen(monkeypatch):
             if self._choose is not None:
                 super().record(rows, seconds)
 
-    monkeypatch.setattr(module, "Profile", Frozen)
+    monkeypatch.setattr(jobs, "Profile", Frozen)
 
 
 async def queued(bench: Bench, asked: list[tuple[float, str, dict[str, Any]]], options: Any) -> list[Any]:

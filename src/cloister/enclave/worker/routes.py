@@ -35,11 +35,12 @@ from cloister.enclave.worker.answers import (
     server_metadata,
 )
 from cloister.enclave.worker.batching import wipe_arrays
+from cloister.enclave.worker.jobs import Call, Outcome, Place
 from cloister.enclave.worker.membership import LiveModel, Membership, lease_expired
 from cloister.enclave.worker.models import LoadedModel, ModelCache, slot_name
 from cloister.enclave.worker.replay import ReplayGuard
 from cloister.enclave.worker.repository import RepositoryRoutes
-from cloister.enclave.worker.scheduler import Call, Outcome, Place, Scheduler
+from cloister.enclave.worker.scheduler import Scheduler
 from cloister.errors import (
     AccessRefused,
     InvalidRequest,

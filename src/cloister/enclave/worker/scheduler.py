@@ -15,233 +15,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Final
 
 from cloister.core.oip import Array
-from cloister.core.protocol.statement import ServingOptions
 from cloister.enclave.worker import batching
-from cloister.enclave.worker.batching import Model, Profile, wipe_arrays
+from cloister.enclave.worker.batching import wipe_arrays
+from cloister.enclave.worker.jobs import Call, Job, Lane, Outcome, Place, Places, State, Turns
 from cloister.errors import DeadlineExceeded, Overloaded
 
 MAX_LANES: Final = 4096  # models that are remembered, with what is known of their batches
 logger: Final = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One execution that is asked for.
-
-    Attributes:
-        name: Of the model: calls of one name share a session, and may share a batch.
-        model: What runs.
-        options: What the owner's statement says.
-        inputs: Checked against the model; views of the request, which must outlive the call.
-        outputs: Names of the wanted ones; empty for all.
-        deadline: Monotonic seconds by which it must have begun.
-        shareable: Whether its user allows a batch with others.
-    """
-
-    name: Hashable
-    model: Model
-    options: ServingOptions
-    inputs: dict[str, Array] = field(repr=False)
-    outputs: tuple[str, ...] = ()
-    deadline: float = math.inf
-    shareable: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What came of a call: its outputs, seconds in the queue and of the run, and requests in its batch."""
-
-    outputs: dict[str, Array] = field(repr=False)
-    queue_seconds: float
-    run_seconds: float
-    batch: int
-
-
-class _State(enum.Enum):
-    QUEUED = enum.auto()
-    RUNNING = enum.auto()
-    DONE = enum.auto()
-
-
-class _Job:
-    """A call in the queue.
-
-    Attributes:
-        line: The turns in which it waits.
-        group: Which jobs of its lane it may be joined with; None where it runs alone.
-        rows: Of its inputs, where it has a group.
-        size: Bytes of its inputs.
-    """
-
-    __slots__ = (
-        "batch", "call", "ended", "error", "future", "group", "lane", "line", "outputs", "queued", "rows",
-        "size", "started", "state", "timer", "user",
-    )  # fmt: skip
-
-    def __init__(self, user: bytes, call: Call, lane: _Lane, future: asyncio.Future[Outcome]) -> None:
-        self.user = user
-        self.call = call
-        self.lane = lane
-        self.future = future
-        self.state = _State.QUEUED
-        self.queued = self.started = self.ended = time.monotonic()
-        self.line: _Turns | None = None
-        self.group: batching.Key | None = None
-        self.rows = self.size = 0
-        self.batch = 1
-        self.timer: asyncio.TimerHandle | None = None
-        self.outputs: dict[str, Array] = {}
-        self.error: Exception | None = None
-
-    def find_group(self) -> None:
-        """Work out what it may be joined with."""
-        call, scope = self.call, self.user
-        if call.options.batching == "none" or not self.lane.batchable:
-            return
-        if call.options.batching == "cross-user" and call.shareable:
-            scope = b""
-        if (key := batching.batch_key(call.inputs, call.outputs)) is not None:
-            self.group, self.rows = (scope, *key[0]), key[1]
-            self.size = sum(array.nbytes for array in call.inputs.values())
-
-
-class _Turns:
-    """Jobs by user; users take turns."""
-
-    __slots__ = ("_lines",)
-
-    def __init__(self) -> None:
-        self._lines: OrderedDict[bytes, OrderedDict[_Job, None]] = OrderedDict()
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
-
-    def put(self, job: _Job, *, first: bool = False) -> None:
-        """Queue a job, behind or before its user's others."""
-        line = self._lines.get(job.user)
-        if line is None:
-            line = self._lines[job.user] = OrderedDict()
-        line[job] = None
-        if first:
-            line.move_to_end(job, last=False)
-        job.line = self
-
-    def pop(self) -> _Job:
-        """The first job of the user whose turn it is."""
-        user, line = next(iter(self._lines.items()))
-        job, _ = line.popitem(last=False)
-        if line:
-            self._lines.move_to_end(user)
-        else:
-            del self._lines[user]
-        return job
-
-    def remove(self, job: _Job) -> None:
-        """Take out a job that is in here."""
-        line = self._lines[job.user]
-        del line[job]
-        if not line:
-            del self._lines[job.user]
-
-
-class _Lane:
-    """What belongs to one model: for a strict one whose turn it is, else what may share a batch."""
-
-    __slots__ = ("batchable", "current", "groups", "jobs", "profile", "strict", "waiting")
-
-    def __init__(self, model: Model, *, strict: bool) -> None:
-        self.strict = strict
-        self.batchable = not strict and batching.can_batch(model)
-        self.profile = Profile()
-        self.groups: dict[batching.Key, OrderedDict[_Job, None]] = {}
-        self.waiting = _Turns()
-        self.current: _Job | None = None
-        self.jobs = 0  # that wait or run
-
-
-class Place:
-    """A request's place in the worker, from its authorization to its answer; a context manager."""
-
-    __slots__ = ("_job", "_revoked", "_scheduler", "user")
-
-    def __init__(self, scheduler: Scheduler, user: bytes) -> None:
-        self._scheduler = scheduler
-        self.user: Final = user
-        self._job: _Job | None = None
-        self._revoked = False
-
-    def __enter__(self) -> Place:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._scheduler._leave(self)
-
-
-class _Places:
-    """Who holds how many places, and who holds the most."""
-
-    __slots__ = ("_counts", "_most", "_users", "_yielding", "capacity", "taken")
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity: Final = capacity
-        self.taken = 0
-        self._counts: dict[bytes, int] = {}
-        self._users: dict[int, OrderedDict[bytes, None]] = {}  # by how many they hold
-        self._most = 0
-        self._yielding: dict[bytes, OrderedDict[Place, None]] = {}  # places that can be taken back
-
-    def add(self, place: Place) -> None:
-        """Count a place."""
-        self._step(place.user, 1)
-        self._yielding.setdefault(place.user, OrderedDict())[place] = None
-
-    def remove(self, place: Place) -> None:
-        """Count it no more."""
-        self._step(place.user, -1)
-        self.keep(place)
-
-    def keep(self, place: Place) -> None:
-        """It can't be taken back any more."""
-        places = self._yielding.get(place.user)
-        if places is not None and places.pop(place, place) is None and not places:
-            del self._yielding[place.user]
-
-    def rival(self, user: bytes) -> Place | None:
-        """The newest place of whoever holds the most, where that is more than ``user`` would hold."""
-        if self._most <= self._counts.get(user, 0) + 1:
-            return None
-        places = self._yielding.get(next(iter(self._users[self._most])))
-        return next(reversed(places)) if places else None
-
-    def _step(self, user: bytes, step: int) -> None:
-        """Counts change by one, so that the highest one is found without a search."""
-        count = self._counts.pop(user, 0)
-        if count:
-            users = self._users[count]
-            del users[user]
-            if not users:
-                del self._users[count]
-        count += step
-        if count:
-            self._counts[user] = count
-            self._users.setdefault(count, OrderedDict())[user] = None
-        self._most = max(self._most, count) if step > 0 else self._most - (self._most not in self._users)
-        self.taken += step
 
 
 class Scheduler:
@@ -256,10 +46,10 @@ class Scheduler:
         self._wanted = threads
         self._threads: list[threading.Thread] = []
         self._wake: SimpleQueue[bool] = SimpleQueue()  # an executor's futures would cost more than all else
-        self._places = _Places(queue)
+        self._places = Places(queue)
         self._lock = threading.Lock()  # over all that follows, profiles, and the states of jobs
-        self._ready = _Turns()
-        self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
+        self._ready = Turns()
+        self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()
         self._active = 0  # threads that run jobs, or look for one
 
     def __enter__(self) -> Scheduler:
@@ -300,7 +90,7 @@ class Scheduler:
                 places.remove(rival)
             else:
                 places.keep(rival)
-        place = Place(self, user)
+        place = Place(self._leave, user)
         places.add(place)
         return place
 
@@ -312,19 +102,19 @@ class Scheduler:
             DeadlineExceeded: it didn't begin in time, and never runs. Raised when the time is over.
             InvalidRequest: the model fails on this input.
         """
-        if place._revoked:
+        if place.revoked:
             raise _revoked()
         loop = asyncio.get_running_loop()
-        job = _Job(place.user, call, self._lane(call), loop.create_future())
+        job = Job(place.user, call, self._lane(call), loop.create_future())
         if job.queued > call.deadline:
             raise _too_late()
-        place._job = job
+        place.job = job
         job.find_group()
         with self._lock:
             begin = self._put(job)
         if begin:
             self._begin()
-        if call.deadline < math.inf and job.state is _State.QUEUED:
+        if call.deadline < math.inf and job.state is State.QUEUED:
             job.timer = loop.call_later(call.deadline - job.queued, self._expire, job)
         try:
             return await job.future
@@ -343,46 +133,46 @@ class Scheduler:
 
     def _leave(self, place: Place) -> None:
         """A request is answered, refused or cancelled."""
-        if not place._revoked:
+        if not place.revoked:
             self._places.remove(place)
-        job, place._job = place._job, None
+        job, place.job = place.job, None
         if job is None:
             return
         self._unqueue(job)
-        if job.lane.strict and job.state is _State.DONE:
+        if job.lane.strict and job.state is State.DONE:
             # In this round of the loop its answer is sealed, in the next one its buffers are wiped.
             loop = job.future.get_loop()
             loop.call_soon(loop.call_soon, self._advance, job)
 
     def _withdraw(self, place: Place) -> bool:
         """Take a place back, unless its request runs already."""
-        job = place._job
+        job = place.job
         if job is not None:
             if not self._unqueue(job):
                 return False
             _refuse(job, _revoked())
-        place._revoked = True
+        place.revoked = True
         return True
 
-    def _expire(self, job: _Job) -> None:
+    def _expire(self, job: Job) -> None:
         if self._unqueue(job):
             _refuse(job, _too_late())
 
-    def _unqueue(self, job: _Job) -> bool:
+    def _unqueue(self, job: Job) -> bool:
         """Take a job out of the queue, if it is still there."""
         if job.timer is not None:
             job.timer.cancel()
         with self._lock:
-            if job.state is not _State.QUEUED:
+            if job.state is not State.QUEUED:
                 return False
             assert job.line is not None
             job.line.remove(job)
             self._ungroup(job)
-            job.state = _State.DONE
+            job.state = State.DONE
             job.lane.jobs -= 1
         return True
 
-    def _advance(self, job: _Job) -> None:
+    def _advance(self, job: Job) -> None:
         """A strict model's request is gone: the next user's turn, before that user's other requests."""
         lane = job.lane
         with self._lock:
@@ -393,7 +183,7 @@ class Scheduler:
         if begin:
             self._begin()
 
-    def _settle(self, jobs: list[_Job]) -> None:
+    def _settle(self, jobs: list[Job]) -> None:
         """Hand out what came of jobs that ran."""
         for job in jobs:
             if job.timer is not None:
@@ -417,12 +207,12 @@ class Scheduler:
 
     # -- the queue; under the lock, but for `_lane` ----------------------------
 
-    def _lane(self, call: Call) -> _Lane:
+    def _lane(self, call: Call) -> Lane:
         strict = call.options.isolation == "strict"
         name = (call.name, strict)
         lane = self._lanes.get(name)
         if lane is None:
-            lane = self._lanes[name] = _Lane(call.model, strict=strict)
+            lane = self._lanes[name] = Lane(call.model, strict=strict)
             if len(self._lanes) > MAX_LANES:
                 oldest, other = next(iter(self._lanes.items()))
                 if not other.jobs:
@@ -430,7 +220,7 @@ class Scheduler:
         self._lanes.move_to_end(name)
         return lane
 
-    def _put(self, job: _Job) -> bool:
+    def _put(self, job: Job) -> bool:
         """Queue a job; says whether another thread shall look for work."""
         lane = job.lane
         lane.jobs += 1
@@ -443,14 +233,14 @@ class Scheduler:
             lane.groups.setdefault(job.group, OrderedDict())[job] = None
         return self._make_ready(job)
 
-    def _make_ready(self, job: _Job, *, first: bool = False) -> bool:
+    def _make_ready(self, job: Job, *, first: bool = False) -> bool:
         self._ready.put(job, first=first)
         if self._active >= self._wanted:
             return False
         self._active += 1
         return True
 
-    def _take(self) -> list[_Job]:
+    def _take(self) -> list[Job]:
         """The next job, and those that join it; empty where nothing is ready."""
         if not self._ready:
             return []
@@ -468,10 +258,10 @@ class Scheduler:
             self._ungroup(job)
             jobs.append(job)
         for job in jobs:
-            job.state = _State.RUNNING
+            job.state = State.RUNNING
         return jobs
 
-    def _ungroup(self, job: _Job) -> None:
+    def _ungroup(self, job: Job) -> None:
         if job.group is not None:
             group = job.lane.groups[job.group]
             del group[job]
@@ -498,7 +288,7 @@ class Scheduler:
                 self._fail(jobs, error)
             del jobs  # a thread that waits keeps nothing of the last request
 
-    def _run(self, jobs: list[_Job]) -> None:
+    def _run(self, jobs: list[Job]) -> None:
         if len(jobs) == 1:
             self._run_alone(jobs[0])
         elif self._lane_on_trial(jobs):
@@ -506,14 +296,14 @@ class Scheduler:
         else:
             self._run_batch(jobs)
 
-    def _lane_on_trial(self, jobs: list[_Job]) -> bool:
+    def _lane_on_trial(self, jobs: list[Job]) -> bool:
         return jobs[0].lane.profile.on_trial(sum(job.rows for job in jobs))
 
-    def _run_alone(self, job: _Job) -> None:
+    def _run_alone(self, job: Job) -> None:
         self._execute(job)
         self._deliver([job])
 
-    def _execute(self, job: _Job) -> None:
+    def _execute(self, job: Job) -> None:
         call = job.call
         job.started = time.monotonic()
         if job.started > call.deadline:
@@ -529,12 +319,12 @@ class Scheduler:
                 self._learn(job.lane, job.rows, began)
         job.ended = time.monotonic()
 
-    def _learn(self, lane: _Lane, rows: int, began: float) -> None:
+    def _learn(self, lane: Lane, rows: int, began: float) -> None:
         seconds = time.thread_time() - began  # of this thread: others that compete for a core don't count
         with self._lock:
             lane.profile.record(rows, seconds)
 
-    def _run_batch(self, jobs: list[_Job]) -> None:
+    def _run_batch(self, jobs: list[Job]) -> None:
         """Run a batch; where it fails, each request alone."""
         jobs = self._in_time(jobs)
         if not jobs:
@@ -558,7 +348,7 @@ class Scheduler:
             job.started, job.ended, job.outputs, job.batch = started, ended, outputs, len(jobs)
         self._deliver(jobs)
 
-    def _in_time(self, jobs: list[_Job]) -> list[_Job]:
+    def _in_time(self, jobs: list[Job]) -> list[Job]:
         """Those whose deadline hasn't passed; the others are told."""
         now = time.monotonic()
         in_time = [job for job in jobs if job.call.deadline >= now]
@@ -566,14 +356,14 @@ class Scheduler:
             self._fail([job], _too_late())
         return in_time
 
-    def _run_each(self, jobs: list[_Job]) -> None:
+    def _run_each(self, jobs: list[Job]) -> None:
         """After a batch that failed. Where none of its requests fails alone, the model can't be batched."""
         for job in jobs:
             self._run_alone(job)
         if all(job.error is None for job in jobs):
             self._refuse_batches(jobs[0].lane)
 
-    def _try(self, jobs: list[_Job]) -> None:
+    def _try(self, jobs: list[Job]) -> None:
         """Answer each request alone, then compare with the batch (`batching`)."""
         requests = [job.call.inputs for job in jobs]
         if not batching.differ(requests):
@@ -593,7 +383,7 @@ class Scheduler:
             for arrays in (joined, *alone):
                 wipe_arrays(arrays)
 
-    def _compare(self, jobs: list[_Job], joined: dict[str, Array], alone: list[dict[str, Array]]) -> None:
+    def _compare(self, jobs: list[Job], joined: dict[str, Array], alone: list[dict[str, Array]]) -> None:
         lane, call, rows = jobs[0].lane, jobs[0].call, [job.rows for job in jobs]
         began = time.thread_time()
         try:
@@ -610,25 +400,25 @@ class Scheduler:
                 lane.profile.agree()
         wipe_arrays(outputs)
 
-    def _refuse_batches(self, lane: _Lane) -> None:
+    def _refuse_batches(self, lane: Lane) -> None:
         with self._lock:
             lane.profile.refuse()
         logger.warning("a model's rows depend on each other: it is not batched")
 
-    def _fail(self, jobs: list[_Job], error: Exception) -> None:
-        if left := [job for job in jobs if job.state is _State.RUNNING]:
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        if left := [job for job in jobs if job.state is State.RUNNING]:
             for job in left:
                 job.error = job.error or error
             self._deliver(left)
 
-    def _deliver(self, jobs: list[_Job]) -> None:
+    def _deliver(self, jobs: list[Job]) -> None:
         for job in jobs:
-            job.state = _State.DONE
+            job.state = State.DONE
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             jobs[0].future.get_loop().call_soon_threadsafe(self._settle, jobs)
 
 
-def _refuse(job: _Job, error: Overloaded | DeadlineExceeded) -> None:
+def _refuse(job: Job, error: Overloaded | DeadlineExceeded) -> None:
     if not job.future.done():  # it was cancelled in this round of the loop
         job.future.set_exception(error)
 
