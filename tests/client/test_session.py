@@ -164,6 +164,18 @@ async def test_what_was_prepared_is_dropped_with_its_document_and_with_time():
     stage.close()
 
 
+async def test_a_fork_uses_nothing_that_its_parent_prepared(monkeypatch):
+    """Two requests under one key and nonce would show the host their difference."""
+    stage, user = await opened()
+    encs = prepares(stage)
+    await user.infer()
+    prepared = user.session._prepared[stage.model]
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    await user.infer()
+    assert prepared.sealer.enc not in encs
+    stage.close()
+
+
 async def test_only_so_many_wait_for_their_requests():
     stage, user = await opened()
     prepares(stage)

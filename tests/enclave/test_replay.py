@@ -88,3 +88,13 @@ def test_against_a_plain_model(steps):
         else:
             assert not alive
             seen[enc] = now + lifetime
+
+
+def test_what_waited_until_its_copy_was_forgotten():
+    """The host lets a request wait, has its copy answered and forgotten, and then lets it go on."""
+    guard = ReplayGuard()
+    admit(guard)
+    admit(guard, enc=b"f" * 32, request_id=b"s" * 16, now=101, expiry=300)  # forgets the first
+    with pytest.raises(Replayed) as caught:
+        admit(guard, now=50)  # with the time that it noted before it waited
+    assert caught.value.code == "replayed.expired"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cloister.errors import TransportError
-from cloister.net.body import Body
+from cloister.net.body import EAGER, Body
 from cloister.net.front import Answer, Head, Limits, serve
 from cloister.net.link import Peer, Upstream
 
@@ -112,6 +113,42 @@ def test_a_link_whose_body_does_not_arrive_fails_and_is_not_used_again(go: Go) -
         await front.close()
 
     go(main())
+
+
+def test_memory_is_counted_when_it_is_taken_and_given_back_with_the_answer(go: Go) -> None:
+    async def main() -> None:
+        async def handler(head: Head, body: Body) -> Answer:
+            return Answer(body=b"%d" % len(await body.whole()))
+
+        large = 3 * EAGER
+        front = await serve(handler)
+        for length, counted in ((SIZE, SIZE), (large, 1000)):
+            client = await Raw.connect(front)
+            client.writer.write(POST % (length, b"") + bytes(1000))
+            await asyncio.sleep(0.05)
+            assert front._shared.buffered == counted
+            client.writer.write(bytes(length - 1000))
+            assert (await client.answer())[2] == b"%d" % length
+            assert front._shared.buffered == 0
+            (connection,) = front._shared.members
+            assert len(connection._body) == 0, "an idle connection keeps nothing"
+            await client.end()
+            await asyncio.sleep(0.02)
+        await front.close()
+
+    go(main())
+
+
+@pytest.mark.parametrize("length", [EAGER, EAGER + 1])
+def test_a_large_body_takes_memory_as_it_fills(length: int) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    bodies = [Body(length) for _ in range(40)]
+    taken = resident() - before
+    assert bodies[0].lazy == (length > EAGER)
+    assert (taken < 10 * EAGER) == bodies[0].lazy
 
 
 # --- what holds

@@ -61,6 +61,14 @@ def test_a_request_that_did_not_arrive_to_its_end():
         opening(cut, len(cut)).finish()
 
 
+def test_what_was_opened_of_a_request_whose_end_does_not_come_is_overwritten():
+    message = started(PLAINTEXT).whole()
+    made = opening(message, MAX_HEAD + 100_000)
+    assert bytes(made._plaintext[:251]) == PLAINTEXT[:251]
+    made.abandon()
+    assert bytes(made._plaintext) == bytes(len(PLAINTEXT))
+
+
 def test_bytes_that_changed_after_they_were_opened():
     """The host could only do so in memory that it shares; what was opened is what the tag is over."""
     message = started(PLAINTEXT).whole()

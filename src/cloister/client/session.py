@@ -66,6 +66,7 @@ class _Prepared:
     sealer: encapsulation.Encapsulation
     authorization: RequestAuthorization
     made: int  # Unix seconds
+    process: int  # a fork has a copy of its keys, which no two requests may use
 
 
 @dataclass(slots=True, kw_only=True)
@@ -221,6 +222,7 @@ class Session:
         if (
             prepared is None
             or prepared.place is not place
+            or prepared.process != os.getpid()
             or not 0 <= self.now() - prepared.made <= PREPARED_LIFETIME
         ):
             prepared = self._prepare(place, model, identity, subject)
@@ -255,7 +257,9 @@ class Session:
             allow_cross_user_batching=consent.allow_cross_user_batching,
             allow_outside_stages=consent.allow_outside_stages,
         )
-        return _Prepared(place=place, sealer=sealer, authorization=authorization, made=now)
+        return _Prepared(
+            place=place, sealer=sealer, authorization=authorization, made=now, process=os.getpid()
+        )
 
     def _refresh_newer(self, failure: CloisterError) -> Flow[VerifiedDocument]:
         """Fetch again; a service that can't be reached leaves us with the document that still holds."""

@@ -115,9 +115,13 @@ class EnclaveServer:
         """Open a request while it arrives; says also when its end was there."""
         await body.more(min(len(body), MAX_HEAD) - 1)
         opening = await self._begin(body)
-        while not body.complete:
-            opening.advance(body.received)
-            await body.more(body.received)
+        try:
+            while not body.complete:
+                opening.advance(body.received)
+                await body.more(body.received)
+        except BaseException:
+            opening.abandon()
+            raise
         arrived = time.monotonic()
         opening.advance(len(body))
         return *opening.finish(), arrived

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
+from typing import Final
 
 from cloister.errors import TransportError
 from cloister.net.messages import Buffer
+
+EAGER: Final = 1 << 20  # bytes up to which a body takes its memory at once, which saves page faults
 
 
 class Body:
     """What a connection receives for its handler, which may look at the front before the end is there.
 
     One task waits at a time. `len` gives the declared length in bytes; `view` has that length at once, and
-    only its first `received` bytes mean anything.
+    only its first `received` bytes mean anything. A `lazy` one takes memory as it fills, others at once.
     """
 
-    __slots__ = ("_failure", "_waiter", "received", "view")
+    __slots__ = ("_failure", "_waiter", "lazy", "received", "view")
 
     def __init__(self, length: int) -> None:
-        self.view = memoryview(bytearray(length))  # zero pages: the system finds memory for what is received
+        self.lazy = length > EAGER
+        # A bytearray takes all of its memory at once; of a mapping, the system finds what is written to.
+        self.view = memoryview(mmap.mmap(-1, length) if self.lazy else bytearray(length))
         self.received = 0
         self._failure: TransportError | None = None
         self._waiter: asyncio.Future[None] | None = None

@@ -21,7 +21,7 @@ from typing import Final, Protocol, TypeAlias, cast
 
 from cloister.errors import FormatError
 from cloister.net import http1
-from cloister.net.body import Body
+from cloister.net.body import EAGER, Body
 from cloister.net.guest import Guest
 from cloister.net.messages import Answer, Buffer, Fields, Head, Limits, Tap
 
@@ -133,7 +133,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._shared.tap is not None:
             self._shared.tap.received(self._tapped, self.get_buffer(-1)[:nbytes])
         if self._state is _State.BODY:
-            if self._hold(nbytes):
+            if not self._body.lazy or self._hold(nbytes):
                 self._body.advance(nbytes)
                 if self._body.complete:
                     self._busy()
@@ -223,7 +223,7 @@ class Connection(asyncio.BufferedProtocol):
         if expect not in (b"", b"100-continue"):
             return self._refuse(417)
         got = min(self._filled - end, length)
-        if not self._hold(got):
+        if not self._hold(got if length > EAGER else length):
             return None
         self._body = body = Body(length)
         body.view[:got] = memoryview(self._head)[end : end + got]
@@ -369,6 +369,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def _release(self) -> None:
+        self._body = Body(0)  # a connection that waits for its next request keeps nothing of this one
         self._shared.buffered -= self._held
         self._held = 0
 

@@ -9,6 +9,7 @@ while the last travel. What was opened counts for nothing before the end verifie
 
 from __future__ import annotations
 
+import mmap
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -28,6 +29,7 @@ MEDIA_TYPE_RESPONSE: Final = "message/ohttp-res"
 
 HEADER_SIZE: Final = 7  # bytes: key id, KEM, KDF, AEAD
 MAX_HEAD: Final = HEADER_SIZE + max(suite.n_enc for suite in WIRE_SUITES)  # bytes before the ciphertext
+_EAGER: Final = 1 << 20  # bytes up to which a plaintext takes its memory at once, which saves page faults
 PIECE: Final = 64 << 10  # bytes that are encrypted at a time; they are sent while a cache still holds them
 
 _REQUEST_LABEL: Final = b"message/bhttp request"
@@ -194,7 +196,9 @@ class OpeningRequest:
         self._exchange = exchange
         self._ciphertext = ciphertext
         self._decryptor = decryptor
-        self._plaintext = bytearray(ciphertext.nbytes - hpke.N_TAG)
+        size = ciphertext.nbytes - hpke.N_TAG
+        # Who sent only the front of a large request takes no memory for the rest.
+        self._plaintext = memoryview(mmap.mmap(-1, size) if size > _EAGER else bytearray(size))
         self._start = HEADER_SIZE + len(exchange.enc)
         self._done = 0
 
@@ -202,7 +206,7 @@ class OpeningRequest:
         """Decrypt what is there, when ``received`` bytes of the whole message are."""
         end = min(received - self._start, len(self._plaintext))
         if end > self._done:
-            piece, out = self._ciphertext[self._done : end], memoryview(self._plaintext)[self._done :]
+            piece, out = self._ciphertext[self._done : end], self._plaintext[self._done :]
             self._done += self._decryptor.update_into(piece, out)
 
     def finish(self) -> tuple[Decapsulation, memoryview]:
@@ -214,7 +218,7 @@ class OpeningRequest:
         try:
             self._decryptor.finalize_with_tag(bytes(self._ciphertext[len(self._plaintext) :]))
         except InvalidTag:
-            self._plaintext[:] = bytes(len(self._plaintext))
+            self.abandon()
             raise Tampered(
                 "the encapsulated request does not open",
                 code="ohttp.open",
@@ -223,7 +227,11 @@ class OpeningRequest:
                 actual="invalid",
                 hint="It was altered, or sealed to a key of another epoch",
             ) from None
-        return self._exchange, memoryview(self._plaintext)
+        return self._exchange, self._plaintext
+
+    def abandon(self) -> None:
+        """Overwrite what was decrypted of a request whose end didn't come, or didn't verify."""
+        self._plaintext[: self._done] = bytes(self._done)
 
 
 class Gateway:

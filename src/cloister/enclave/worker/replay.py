@@ -17,6 +17,7 @@ class ReplayGuard:
         self._capacity = capacity
         self._seen: set[bytes] = set()
         self._expiries: list[tuple[int, bytes, bytes]] = []
+        self._latest = 0  # the newest time that was named; older requests are forgotten
 
     def __len__(self) -> int:
         return len(self._expiries)
@@ -32,9 +33,20 @@ class ReplayGuard:
             now: Unix seconds; never runs backwards.
 
         Raises:
+            Replayed: it expired before another was admitted, so that a copy could have been forgotten.
             Replayed: its encapsulation, or its user's request id, was seen before.
             Overloaded: too many requests are remembered.
         """
+        self._latest = max(self._latest, now)
+        if expiry < self._latest:
+            raise Replayed(
+                "the request expired while it waited",
+                code="replayed.expired",
+                claim="request expiry",
+                expected=f"{self._latest} or later",
+                actual=expiry,
+                hint="Send it again as a new request",
+            )
         while self._expiries and self._expiries[0][0] < now:
             _, *seen = heapq.heappop(self._expiries)
             self._seen.difference_update(seen)

@@ -155,6 +155,7 @@ class RepositoryRoutes:
                 actual=authorization.user.hex(),
             )
         live = await self._current(model, authorization.statement)
+        authorization, now = self._verified(request, repository.subject(model, action))  # time went on
         self._spend_nonce(request, authorization, now)  # step 4
         self._admit(request, authorization, now)  # step 5
         return live
