@@ -345,7 +345,19 @@ def test_a_nitro_document_takes_no_collateral(evidence, name):
         read_evidence(evidence["nitro"].quote, [content])
     error = caught.value
     assert (error.code, error.claim, error.actual) == ("collateral.kind", "collateral", f"file 1: {kind}")
-    assert error.expected.startswith("none, since a Nitro document brings")
+    assert error.expected == "none, or certificates that the document brings itself"
+
+
+def test_a_nitro_document_takes_the_certificates_that_it_brings(evidence):
+    document = read_signed(evidence["nitro"].quote).parsed
+    root = document.cabundle[0]
+    bundle = "".join(map(to_pem, document.cabundle)).encode()
+    for given in (root, document.certificate, to_pem(root).encode(), bundle):
+        assert read_evidence(evidence["nitro"].quote, [given], "nitro") == evidence["nitro"]
+    foreign = read_pem(evidence["snp"].collateral.certificates, most=3)[0]
+    with pytest.raises(EvidenceError) as caught:
+        read_evidence(evidence["nitro"].quote, [(to_pem(root) + to_pem(foreign)).encode()])
+    assert caught.value.code == "collateral.kind"
 
 
 @pytest.mark.parametrize(

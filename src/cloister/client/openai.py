@@ -10,7 +10,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import httpx
@@ -109,7 +109,7 @@ class _Job:
 
     name: str
     embedder: TextEmbedder
-    tokens: list[list[int]]
+    tokens: list[list[int]] = field(repr=False)
     dimensions: int | None
     as_base64: bool
 

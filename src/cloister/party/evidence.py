@@ -14,9 +14,10 @@ from typing import Final
 from cloister.core import encoding
 from cloister.core.evidence.bundle import AnyCollateral, Collateral, Evidence
 from cloister.core.evidence.dcap import TEE_TDX, Quote
-from cloister.core.evidence.nitro import NitroDocument
+from cloister.core.evidence.nitro import MAX_CABUNDLE, NitroDocument
 from cloister.core.evidence.snp import REPORT_SIZE, SnpReport
 from cloister.core.evidence.snp_table import MAX_TABLE
+from cloister.core.verifier.chain import read_pem
 from cloister.core.verifier.collateral_key import DcapKey
 from cloister.errors import EvidenceError, FormatError, UsageError
 from cloister.party import file_kinds
@@ -105,7 +106,8 @@ def read_evidence(data: bytes, collateral: Iterable[bytes] = (), tee: str | None
         data: As for `read_signed`.
         collateral: For SGX and TDX one JSON file (the form of ``dcap-qvl``); for SNP certificates in PEM or
             DER, a revocation list in DER, a certificate table, or JSON with ``certificates`` (PEM) and
-            ``crl`` (hex). AMD's own ASK, ASVK and ARK needn't be among them. For Nitro none.
+            ``crl`` (hex). AMD's own ASK, ASVK and ARK needn't be among them. Nitro needs none; certificates
+            that the document brings may be given.
         tee: As for `read_signed`.
 
     Raises:
@@ -162,14 +164,24 @@ def _put_together(signed: Signed, files: Sequence[GivenFile], folders: Collatera
     found: AnyCollateral
     match signed.parsed:
         case NitroDocument():
-            if files:
-                raise files[0].not_as("none, since a Nitro document brings its certificates", "Leave it out")
+            _require_brought(signed.parsed, files)
             found = None
         case SnpReport():
             found = read_amd_collateral(signed.parsed, signed.table, files, folders)
         case _:
             found = _dcap_collateral(signed.raw, files, folders)
     return Evidence(tee=signed.tee, quote=signed.raw, collateral=found)
+
+
+def _require_brought(document: NitroDocument, files: Sequence[GivenFile]) -> None:
+    """A Nitro document brings its certificates; the same ones may be given beside it, and nothing else."""
+    brought = {document.certificate, *document.cabundle}
+    for file in files:
+        is_pem = file.kind == file_kinds.PEM
+        given = read_pem(file.content, most=MAX_CABUNDLE + 1) if is_pem else [file.content]
+        if not brought.issuperset(given):
+            expected = "none, or certificates that the document brings itself"
+            raise file.not_as(expected, "Leave it out")
 
 
 def _dcap_collateral(quote: bytes, files: Sequence[GivenFile], folders: CollateralFolders) -> Collateral:

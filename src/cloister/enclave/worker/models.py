@@ -102,6 +102,7 @@ class LoadedModel:
         build_seconds: What building the session took, and waiting for another to be built.
         memory: Bytes that it takes (`Built.memory`).
         region: Where its weights lie, until nobody holds the session any more.
+        has_bfloat16: Whether an input or output is of the type that NumPy doesn't have.
     """
 
     session: ort.InferenceSession
@@ -111,15 +112,20 @@ class LoadedModel:
     build_seconds: float
     memory: int = 0
     region: Region | None = None
+    has_bfloat16: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        specs = (*self.inputs.values(), *self.outputs)
+        self.has_bfloat16 = any(spec.datatype == "BF16" for spec in specs)
 
     def run(self, inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
         """Run the model; blocking. Raises InvalidRequest where ONNX Runtime refuses the input."""
         names = list(outputs) or [spec.name for spec in self.outputs]
-        special = any(spec.datatype == "BF16" for spec in (*self.inputs.values(), *self.outputs))
         try:
-            results = (
-                bfloat16.run(self.session, names, inputs) if special else self.session.run(names, inputs)
-            )
+            if self.has_bfloat16:
+                results = bfloat16.run(self.session, names, inputs)
+            else:
+                results = self.session.run(names, inputs)
         except Exception:
             raise InvalidRequest(
                 "the model fails on this input",
