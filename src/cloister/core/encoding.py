@@ -75,7 +75,8 @@ def decode(
         raise FormatError(
             f"{what} is too long", claim="length", expected=f"at most {limit} B", actual=len(raw)
         )
-    _require_few(raw, what, items)
+    if len(raw) > items:  # each item takes a byte at least
+        _require_few(raw, what, items)
     try:
         value = cbor2.loads(
             raw,

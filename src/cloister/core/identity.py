@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature
@@ -21,6 +22,7 @@ THUMBPRINT_SIZE: Final = 32  # bytes
 Thumbprint = bytes
 
 
+@lru_cache(maxsize=4096)
 def thumbprint(public_key: bytes) -> Thumbprint:
     """Name of an Ed25519 public key (32 bytes): SHA-256 over its algorithm and its bytes."""
     if len(public_key) != KEY_SIZE:

@@ -30,7 +30,8 @@ MEDIA_TYPE_RESPONSE: Final = "message/ohttp-res"
 HEADER_SIZE: Final = 7  # bytes: key id, KEM, KDF, AEAD
 MAX_HEAD: Final = HEADER_SIZE + max(suite.n_enc for suite in WIRE_SUITES)  # bytes before the ciphertext
 _EAGER: Final = 1 << 20  # bytes up to which a plaintext takes its memory at once, which saves page faults
-PIECE: Final = 64 << 10  # bytes that are encrypted at a time; they are sent while a cache still holds them
+FIRST: Final = 8 << 10  # bytes that are encrypted and sent first: a server begins with them
+PIECE: Final = 256 << 10  # bytes that are encrypted at a time then; each more wakes three processes once more
 
 _REQUEST_LABEL: Final = b"message/bhttp request"
 _RESPONSE_LABEL: Final = b"message/bhttp response"
@@ -119,21 +120,23 @@ class SealedRequest:
     def pieces(self) -> Iterator[memoryview]:
         """The message from its start, piece by piece; asked for again, it gives what is there as it is."""
         view, given = memoryview(self._message).toreadonly(), 0
+        if self._made < FIRST:
+            self._advance(FIRST)
         while given < len(view):
-            if self._made - given < PIECE:
-                self._advance()
+            if self._made == given:
+                self._advance(PIECE)
             start, given = given, self._made
             yield view[start:given]
 
     def whole(self) -> bytearray:
         """The message, encrypted to its end."""
         while self._made < len(self._message):
-            self._advance()
+            self._advance(PIECE)
         return self._message
 
-    def _advance(self) -> None:
-        """Encrypt the next piece, and with the last part the tag."""
-        room, view = PIECE, memoryview(self._message)
+    def _advance(self, room: int) -> None:
+        """Encrypt the next ``room`` bytes, and with the last part the tag."""
+        view = memoryview(self._message)
         while self._parts and room:
             part = self._parts.pop()
             if part.nbytes > room:

@@ -23,7 +23,7 @@ from cloister.net.link import Peer, Upstream
 REQUEST_TYPE: Final = b"message/ohttp-req"
 _PASSED_BACK: Final = frozenset({b"retry-after", b"cache-control"})
 _TARGET: Final = b"/ohttp"
-_EARLY: Final = 32 << 10  # bytes of a body after which it is passed on while it arrives
+_EARLY: Final = 8 << 10  # bytes of a body after which it is passed on while it arrives
 _STATUS: Final = {"transport.timeout": 504, "gateway.content-type": 415}
 
 
