@@ -224,6 +224,45 @@ def test_truncated_element(content):
     refused("request.binary-size", {"inputs": [binary([1], len(content), "BYTES")]}, content)
 
 
+def test_more_elements_than_are_made_objects_of(monkeypatch):
+    """One request must not hold the worker's loop: each element takes microseconds, as JSON and as text."""
+    monkeypatch.setattr(oip, "MAX_ELEMENTS", 8)
+    refused("request.elements", {"inputs": [tensor(shape=[9], data=[1] * 9)]})
+    refused("request.elements", {"inputs": [binary([9], 36, "BYTES")]}, bytes(36))
+    assert read({"inputs": [binary([9], 36)]}, bytes(36)).inputs["x"].size == 9, (
+        "binary numbers are no objects"
+    )
+    for array, form in ((np.zeros(9), False), (np.array([b""] * 9, dtype=object), True)):
+        with pytest.raises(InvalidRequest) as caught:
+            oip.encode_response("m", {"y": array}, binary=form)
+        assert (caught.value.code, caught.value.actual) == ("request.elements", "9")
+
+
+def test_elements_beyond_those_of_the_shape_are_not_made():
+    """63 MiB of empty elements took 34 s before they were counted."""
+    content, seen = bytes(4 * 1000), []
+    view = memoryview(content)
+
+    class Counted:
+        def __len__(self) -> int:
+            return len(view)
+
+        def __getitem__(self, part: slice) -> memoryview:
+            seen.append(part)
+            return view[part]
+
+    with pytest.raises(InvalidRequest):
+        oip._split_bytes("x", Counted(), 1)  # type: ignore[arg-type]
+    assert len(seen) == 2, "the length and the content of one element"
+
+
+def test_data_nested_beyond_its_shape_is_not_looked_into():
+    data: Any = [1.0]
+    for _ in range(900):
+        data = [data]
+    refused("request.shape", {"inputs": [tensor(shape=[1], data=data)]})
+
+
 @pytest.mark.parametrize(("count", "content"), [(1, bytes(8)), (2, bytes(4)), (1, b"")])
 def test_another_number_of_elements(count, content):
     refused("request.shape", {"inputs": [binary([count], len(content), "BYTES")]}, content)

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from cloister.errors import InvalidRequest
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
-MAX_HEADER: Final = 8 << 20  # bytes of JSON
+MAX_HEADER: Final = 4 << 20  # bytes of JSON
+MAX_ELEMENTS: Final = 1 << 18  # of one tensor that become objects of Python's: JSON, and text in either form
 MAX_TENSORS: Final = 256
 MAX_RANK: Final = 32
 VERSION: Final = "1"  # of every model: a newer one replaces it under a new statement
@@ -284,10 +285,7 @@ def _tensor_head(tensor: Any) -> tuple[str, np.dtype[Any], tuple[int, ...], int 
 def _from_binary(name: str, data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     count = math.prod(shape)
     if dtype.kind == "O":
-        items = _split_bytes(name, data)
-        if len(items) != count:
-            raise _bad("request.shape", f"elements of {name}", count, len(items))
-        return np.array([*items, None], dtype=object)[:-1].reshape(shape)
+        return np.array([*_split_bytes(name, data, count), None], dtype=object)[:-1].reshape(shape)
     if len(data) != count * dtype.itemsize:
         raise _bad(
             "request.binary-size", f"binary data of {name}", f"{count * dtype.itemsize} B", f"{len(data)} B"
@@ -302,18 +300,36 @@ def _from_binary(name: str, data: memoryview, dtype: np.dtype[Any], shape: tuple
         ) from error
 
 
-def _split_bytes(name: str, data: memoryview) -> list[bytes]:
+def _split_bytes(name: str, data: memoryview, count: int) -> list[bytes]:
+    _require_elements(name, count)
     items, offset = [], 0
-    while offset < len(data):
+    for _ in range(count):
+        if offset == len(data):
+            raise _bad("request.shape", f"elements of {name}", count, len(items))
         end = offset + 4 + int.from_bytes(data[offset : offset + 4], "little")
         if offset + 4 > len(data) or end > len(data):
             raise _bad("request.binary-size", f"binary data of {name}", "whole elements", "a truncated one")
         items.append(bytes(data[offset + 4 : end]))
         offset = end
+    if offset != len(data):
+        raise _bad("request.shape", f"elements of {name}", count, "more")
     return items
 
 
+def _require_elements(name: str, count: int) -> None:
+    """Refuse more elements than are made objects of Python's, of which each takes the worker microseconds."""
+    if count > MAX_ELEMENTS:
+        raise InvalidRequest(
+            code="request.elements",
+            claim=f"elements of {name}, as JSON or as text",
+            expected=f"at most {MAX_ELEMENTS}",
+            actual=count,
+            hint="Send and ask for numbers in binary (binary_data), and text in several requests",
+        )
+
+
 def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    _require_elements(name, math.prod(shape))
     flat = _flatten(name, data, shape)
     if dtype.kind == "O":
         if not all(isinstance(item, str) for item in flat):
@@ -358,7 +374,7 @@ def _flatten(name: str, data: Any, shape: tuple[int, ...]) -> list[Any]:
         raise _bad("request.data", f"data of {name}", "a list", "none")
     flat: list[Any] = data
     sides = [len(flat)]
-    for _ in range(MAX_RANK):
+    for _ in shape[1:]:
         if not any(isinstance(item, list) for item in flat):
             break
         if not all(isinstance(item, list) and len(item) == len(flat[0]) for item in flat):
@@ -382,6 +398,8 @@ def _binary_tensor(name: str, array: Array) -> tuple[dict[str, Any], memoryview]
     if not isinstance(array, np.ndarray):
         raise _bad("request.datatype", f"input {name}", "a numpy array", type(array).__name__)
     kind = datatype(array)
+    if kind == "BYTES":
+        _require_elements(name, array.size)
     buffer = _bytes_elements(array) if kind == "BYTES" else _little_endian(array)
     parameters = {"binary_data_size": buffer.nbytes}
     tensor = {"name": name, "datatype": kind, "shape": list(array.shape), "parameters": parameters}
@@ -407,6 +425,7 @@ def _bytes_elements(array: Array) -> memoryview:
 
 def _json_tensor(name: str, array: Array) -> dict[str, Any]:
     kind = datatype(array)
+    _require_elements(name, array.size)
     data = (float32(array) if kind == "BF16" else array).reshape(-1).tolist()
     if kind == "BYTES":
         data = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in data]
