@@ -155,6 +155,23 @@ async def test_a_length_that_lies_ends_the_connection(theatre):
         writer.close()
 
 
+async def test_a_body_that_does_not_come_takes_no_room_from_others(theatre):
+    async with running(theatre) as (proxy, rest, _):
+        proxy.forwarder.room = Room(max_bytes=100_000, max_body=100_000)
+        _, writer = await asyncio.open_connection("127.0.0.1", proxy.rest_port)
+        writer.write(
+            b"POST /v2/models/digits/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\nx"
+        )
+        await writer.drain()
+        await asyncio.sleep(0.3)  # its place is taken; were its bytes too, the next would be refused
+        assert proxy.forwarder.room._requests == 1
+        response = await rest.post("/v2/models/digits/infer", content=b"{" * 50_000)
+        assert error_of(response) == (400, "request.header"), (
+            "an answer of the enclave's, not the proxy's 429"
+        )
+        writer.close()
+
+
 @pytest.mark.parametrize("part", ["key_service", "worker"])
 async def test_a_proxy_for_which_the_verification_fails_does_not_listen(theatre, part):
     wrong = theatre.stage.user_policy(**{part: policy(STRANGER)})

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloister.client.proxy import coding, messages, tensors
+from cloister.client.proxy.fields import MAX_FIELDS, require_few
 from cloister.client.proxy.guard import require_local
 from cloister.client.proxy.names import Names, parse_aliases
 from cloister.client.proxy.room import Room
@@ -30,6 +31,14 @@ from cloister.errors import (
 
 ID = "ab" * 32
 Request = messages.message("ModelInferRequest")
+
+
+def inside(number: int, content: bytes) -> bytes:
+    """A field that holds a message."""
+    length, rest = b"", len(content)
+    while rest >= 0x80:
+        length, rest = length + bytes([rest & 0x7F | 0x80]), rest >> 7
+    return bytes([number << 3 | 2]) + length + bytes([rest]) + content
 
 
 # Whose requests.
@@ -316,6 +325,35 @@ def test_contents_that_would_change_meaning_are_refused(made):
     with pytest.raises(InvalidRequest) as refused:
         tensors.to_inner(made)
     assert refused.value.code == "request.contents"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x2a\x00" * (MAX_FIELDS + 1),  # inputs, each empty
+        b"\x3a\x00" * (MAX_FIELDS + 1),  # raw_input_contents
+        # one input, its contents, and in them bytes_contents
+        inside(5, inside(5, b"\x42\x00" * MAX_FIELDS)),
+        inside(5, b"\x18\x01" * MAX_FIELDS),  # a shape that isn't packed
+    ],
+)
+def test_a_message_of_more_fields_than_a_request_has(raw):
+    """24 MiB of empty inputs became 1.2 GiB of objects."""
+    with pytest.raises(InvalidRequest) as caught:
+        require_few(raw, Request.DESCRIPTOR)
+    assert caught.value.code == "request.elements"
+
+
+@pytest.mark.parametrize("raw", [b"\x2a", b"\x2a\x05\x00", b"\x2f\x00", b"\xff" * 11, inside(5, b"\x2a\x7f")])
+def test_no_message(raw):
+    with pytest.raises(FormatError):
+        require_few(raw, Request.DESCRIPTOR)
+
+
+def test_a_large_tensor_is_few_fields():
+    made = Request(model_name="m", raw_input_contents=[bytes(1 << 20)])
+    made.inputs.add(name="x", datatype="FP32", shape=[512, 512]).contents.fp32_contents.extend([0.5] * 70_000)
+    require_few(made.SerializeToString(), made.DESCRIPTOR)
 
 
 def test_shared_memory_is_refused():

@@ -302,7 +302,8 @@ def _from_binary(name: str, data: memoryview, dtype: np.dtype[Any], shape: tuple
 
 def _split_bytes(name: str, data: memoryview, count: int) -> list[bytes]:
     _require_elements(name, count)
-    items, offset = [], 0
+    items: list[bytes] = []
+    offset = 0
     for _ in range(count):
         if offset == len(data):
             raise _bad("request.shape", f"elements of {name}", count, len(items))

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cloister.client.proxy import coding, page
 from cloister.client.proxy.forward import Forwarder, require_version, status_of, text_of
 from cloister.client.proxy.guard import require_local
-from cloister.client.proxy.room import Place
+from cloister.client.proxy.room import Place, too_large
 from cloister.client.session import model_of, path_of
 from cloister.core import oip
 from cloister.errors import CloisterError, DeadlineExceeded, UsageError
@@ -137,14 +137,13 @@ async def _read(request: Request, place: Place) -> bytes | bytearray:
     """The whole body without its coding; every byte counted before the next is read."""
     found = coding.coding_of(_field(request, b"content-encoding"))
     declared = request.headers.get("content-length", "")
-    if declared.isdigit():
-        place.hold(int(declared))  # refused before a byte of it is read
+    if declared.isdigit() and int(declared) > place.limit:
+        raise too_large(place.limit)  # before a byte of it is read
     pieces = []
     try:
         async with asyncio.timeout(PATIENCE):
             async for piece in request.stream():
-                if not declared:
-                    place.hold(len(piece))
+                place.hold(len(piece))  # what didn't come takes no room from others
                 pieces.append(piece)
     except TimeoutError as error:
         raise DeadlineExceeded(

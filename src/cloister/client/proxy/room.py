@@ -65,6 +65,11 @@ class Place:
         self.held = 0
         self.body = 0  # bytes of the body that is being read
 
+    @property
+    def limit(self) -> int:
+        """Bytes of the largest body."""
+        return self._room.max_body
+
     def hold(self, count: int) -> None:
         """Count bytes before they are allocated.
 

@@ -16,6 +16,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from cloister.client.proxy import tensors
+from cloister.client.proxy.fields import require_few
 from cloister.client.proxy.forward import Forwarder, require_version, status_of, text_of
 from cloister.client.proxy.messages import SERVICE, message
 from cloister.client.proxy.room import MAX_REQUESTS, Place
@@ -82,6 +83,7 @@ def _guarded(forwarder: Forwarder, kind: Any, method: Method) -> Callable[[bytes
         try:
             with forwarder.enter() as place:
                 place.hold(len(raw))
+                require_few(raw, kind.DESCRIPTOR)
                 try:
                     request = kind.FromString(raw)
                 except DecodeError as error:
