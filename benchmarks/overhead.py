@@ -9,6 +9,7 @@ quotients. ``--zoo`` does so for every model of `benchmarks.zoo`, ``--profile`` 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -50,9 +51,9 @@ class _TimedCarrier(Carrier):
     left = 0.0
     came = 0.0
 
-    def send(self, outgoing: Outgoing) -> Answer:
+    def send(self, outgoing: Outgoing, until: float = math.inf) -> Answer:
         self.left = time.perf_counter()
-        answer = super().send(outgoing)
+        answer = super().send(outgoing, until)
         self.came = time.perf_counter()
         return answer
 

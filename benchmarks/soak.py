@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import signal
 import tempfile
@@ -81,9 +82,9 @@ class _Counted(AsyncCarrier):
         super().__init__(url)
         self._tally = tally
 
-    async def send(self, outgoing: Outgoing) -> Answer:
+    async def send(self, outgoing: Outgoing, until: float = math.inf) -> Answer:
         self._tally.sent += any(name == b"cloister-pool" for name, _ in outgoing.fields)
-        return await super().send(outgoing)
+        return await super().send(outgoing, until)
 
 
 class _Plain:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import time
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -18,17 +21,20 @@ from cloister.client.transport import (
     async_httpx_transport,
     httpx_transport,
 )
+from cloister.core.protocol.flow import Flow, Outgoing, Pause
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.core.secret import Secret
 from cloister.errors import (
     AccessRefused,
     AppraisalRefused,
     CloisterError,
+    DeadlineExceeded,
     InvalidRequest,
     NotFound,
     TransportError,
     UsageError,
 )
+from cloister.party.carry import AsyncCarrier, Carrier
 from support.realm import STRANGER, policy
 from support.stage import DIGITS, IMAGE, USER, Theatre
 
@@ -108,6 +114,56 @@ def test_inputs_that_are_too_large_do_not_leave(theatre):
 def test_a_deadline(theatre):
     with client(theatre) as made:
         made.infer(theatre.stage.model, {"image": IMAGE}, deadline_ms=60_000)
+
+
+def test_a_deadline_that_passed_is_not_tried_again(theatre):
+    """Another attempt would have a deadline of its own: 1 ms became an answer after 0.8 s."""
+    with client(theatre) as made:
+        made.infer(theatre.stage.model, {"image": IMAGE})
+        before = len(theatre.requests)
+        with pytest.raises(DeadlineExceeded):
+            made.infer(theatre.stage.model, {"image": IMAGE}, deadline_ms=0)
+        assert len(theatre.requests) == before + 1
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The URL of a server that takes everything and answers nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("target", [b"/ohttp", b"/.well-known/cloister"])
+def test_nobody_waits_for_longer_than_allowed(silent, target):
+    def ask() -> Flow[None]:
+        try:
+            yield Outgoing(method=b"POST", target=target, content=b"x" * 100_000)
+        except TransportError:
+            yield Pause(60)  # as a retry would, and the time is over
+
+    async def asynchronously() -> None:
+        other = AsyncCarrier(silent)
+        try:
+            await other.run(ask(), 0.3)
+        finally:
+            await other.aclose()
+
+    carrier, began = Carrier(silent), time.monotonic()
+    for run in (lambda: carrier.run(ask(), 0.3), lambda: asyncio.run(asynchronously())):
+        with pytest.raises(TransportError) as caught:
+            run()
+        assert caught.value.code == "transport.timeout"
+    assert 0.6 <= time.monotonic() - began < 5
+    carrier.close()
+
+
+def test_httpx_s_own_timeout_holds(theatre, silent):
+    made = Client(silent, policy=theatre.stage.user_policy(), identity=USER)
+    began = time.monotonic()
+    plain = httpx.Client(transport=CloisterTransport(made), base_url="http://x", timeout=0.2)
+    with plain, pytest.raises(httpx.ReadTimeout):
+        plain.get(f"/v2/models/{theatre.stage.model}")
+    assert time.monotonic() - began < 5
 
 
 def test_refused_before_anything_is_sent_to_a_worker(theatre):

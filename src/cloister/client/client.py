@@ -182,6 +182,7 @@ class Client(_Base):
         *,
         outputs: tuple[str, ...] = (),
         deadline_ms: int | None = None,
+        timeout: float | None = None,
     ) -> dict[str, Array]:
         """Run a model on arrays; gives the outputs by name.
 
@@ -190,14 +191,18 @@ class Client(_Base):
             inputs: Input name -> array, with the model's own shapes and types.
             outputs: Names of the outputs wanted; empty for all.
             deadline_ms: Milliseconds by which the run must begin.
+            timeout: Seconds by which the answer must be here, all attempts included; None: two minutes for
+                each attempt, and more for a large body.
 
         Raises:
             UsageError: the inputs are no arrays by name.
             Refused: the service, its workers or this user are not what they must be.
             InvalidRequest: the model can't answer this input.
+            DeadlineExceeded: the run didn't begin in time.
+            TransportError: nobody answered, or not in time.
             Unavailable: several attempts failed.
         """
-        return self._carrier.run(self._infer(model, inputs, outputs, deadline_ms))
+        return self._carrier.run(self._infer(model, inputs, outputs, deadline_ms), timeout)
 
     def metadata(self, model: str) -> bytes:
         """The model's metadata (JSON, Open Inference Protocol)."""
@@ -211,9 +216,9 @@ class Client(_Base):
         """
         return self._carrier.run(self._index(model))
 
-    def send(self, model: str, inner: bhttp.Request) -> bhttp.Response:
-        """Send any inner request for a model."""
-        return self._carrier.run(self._session.request(model, inner))
+    def send(self, model: str, inner: bhttp.Request, *, timeout: float | None = None) -> bhttp.Response:
+        """Send any inner request for a model; ``timeout`` as for `infer`."""
+        return self._carrier.run(self._session.request(model, inner), timeout)
 
     def close(self) -> None:
         """Close the connections."""
@@ -256,9 +261,10 @@ class AsyncClient(_Base):
         *,
         outputs: tuple[str, ...] = (),
         deadline_ms: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
     ) -> dict[str, Array]:
         """As `Client.infer`."""
-        return await self._carrier.run(self._infer(model, inputs, outputs, deadline_ms))
+        return await self._carrier.run(self._infer(model, inputs, outputs, deadline_ms), timeout)
 
     async def metadata(self, model: str) -> bytes:
         """As `Client.metadata`."""
@@ -268,9 +274,15 @@ class AsyncClient(_Base):
         """As `Client.index`."""
         return await self._carrier.run(self._index(model))
 
-    async def send(self, model: str, inner: bhttp.Request) -> bhttp.Response:
+    async def send(
+        self,
+        model: str,
+        inner: bhttp.Request,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> bhttp.Response:
         """As `Client.send`."""
-        return await self._carrier.run(self._session.request(model, inner))
+        return await self._carrier.run(self._session.request(model, inner), timeout)
 
     async def aclose(self) -> None:
         """Close the connections."""

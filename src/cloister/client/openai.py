@@ -17,9 +17,10 @@ import httpx
 import numpy as np
 
 from cloister.client.client import AsyncClient, Client
+from cloister.client.transport import raise_lost, timeout_of
 from cloister.core.oip import Array
 from cloister.core.protocol import problem
-from cloister.errors import CloisterError, InvalidRequest, NotFound, TransportError, UsageError
+from cloister.errors import CloisterError, InvalidRequest, NotFound, UsageError
 
 MAX_TEXTS: Final = 2048  # in one request, as at OpenAI
 MAX_BODY: Final = 64 << 20  # bytes of JSON
@@ -190,7 +191,9 @@ class OpenAITransport(httpx.BaseTransport):
             job = _Job.read(request.read(), self._embedders)
             output = job.embedder.output
             vectors = [
-                self._client.infer(job.embedder.model, inputs, outputs=(output,))[output]
+                self._client.infer(
+                    job.embedder.model, inputs, outputs=(output,), timeout=timeout_of(request)
+                )[output]
                 for inputs in job.batches()
             ]
             return _answer(request, job.answer(vectors))
@@ -217,7 +220,11 @@ class AsyncOpenAITransport(httpx.AsyncBaseTransport):
             job = _Job.read(await request.aread(), self._embedders)
             output = job.embedder.output
             vectors = [
-                (await self._client.infer(job.embedder.model, inputs, outputs=(output,)))[output]
+                (
+                    await self._client.infer(
+                        job.embedder.model, inputs, outputs=(output,), timeout=timeout_of(request)
+                    )
+                )[output]
                 for inputs in job.batches()
             ]
             return _answer(request, job.answer(vectors))
@@ -284,8 +291,7 @@ def _answer(request: httpx.Request, value: dict[str, Any]) -> httpx.Response:
 
 
 def _refusal(request: httpx.Request, error: CloisterError) -> httpx.Response:
-    if isinstance(error, TransportError):
-        raise httpx.TransportError(str(error), request=request) from error
+    raise_lost(error, request)
     status = problem.status_of(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
     told = {"message": str(error), "type": kind, "param": None, "code": error.code}

@@ -33,6 +33,7 @@ from cloister.errors import (
     AccessRefused,
     BindingRefused,
     CloisterError,
+    DeadlineExceeded,
     NotFound,
     TransportError,
     Unavailable,
@@ -152,7 +153,11 @@ class Session:
                 else:
                     yield from self.ensure()
                 return (yield from self._attempt(model, inner))
+            except DeadlineExceeded:
+                raise  # another attempt would have a deadline of its own
             except Unavailable as error:
+                if error.code == "transport.timeout":
+                    raise  # five times as long isn't what anybody wants to wait
                 failure = error
             except (AccessRefused, BindingRefused, NotFound) as error:
                 # The enclave may hold a newer document than we; a cache on the way may lag behind.

@@ -32,7 +32,8 @@ class CloisterTransport(httpx.BaseTransport):
         content = request.read()
         try:
             model = self._client.session.resolve(model_of(request.url.raw_path))
-            return _response(self._client.send(model, _inner(request, model, content)), request)
+            inner = _inner(request, model, content)
+            return _response(self._client.send(model, inner, timeout=timeout_of(request)), request)
         except CloisterError as error:
             return _problem(error, request)
 
@@ -52,7 +53,8 @@ class AsyncCloisterTransport(httpx.AsyncBaseTransport):
         content = await request.aread()
         try:
             model = self._client.session.resolve(model_of(request.url.raw_path))
-            return _response(await self._client.send(model, _inner(request, model, content)), request)
+            inner = _inner(request, model, content)
+            return _response(await self._client.send(model, inner, timeout=timeout_of(request)), request)
         except CloisterError as error:
             return _problem(error, request)
 
@@ -101,15 +103,28 @@ def _inner(request: httpx.Request, model: str, content: bytes) -> bhttp.Request:
     return bhttp.Request(method=request.method.encode(), path=path, fields=fields, content=content)
 
 
+def timeout_of(request: httpx.Request) -> float | None:
+    """Seconds for the whole answer: what httpx allows for a read, which comes as one here."""
+    allowed: float | None = request.extensions.get("timeout", {}).get("read")
+    return allowed
+
+
 def _response(inner: bhttp.Response, request: httpx.Request) -> httpx.Response:
     return httpx.Response(
         inner.status, headers=list(inner.fields), content=bytes(inner.content), request=request
     )
 
 
-def _problem(error: CloisterError, request: httpx.Request) -> httpx.Response:
-    if isinstance(error, TransportError):  # nobody answered; what an enclave answers has a status
+def raise_lost(error: CloisterError, request: httpx.Request) -> None:
+    """Raise httpx's error where nobody answered; what an enclave answers has a status."""
+    if error.code == "transport.timeout":
+        raise httpx.ReadTimeout(str(error), request=request) from error
+    if isinstance(error, TransportError):
         raise httpx.TransportError(str(error), request=request) from error
+
+
+def _problem(error: CloisterError, request: httpx.Request) -> httpx.Response:
+    raise_lost(error, request)
     return httpx.Response(
         problem.status_of(error),
         headers=[(b"content-type", problem.MEDIA_TYPE)],

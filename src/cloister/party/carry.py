@@ -6,6 +6,7 @@ Over plain HTTP the encapsulated requests, large and many, take connections of o
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -47,19 +48,34 @@ class Carrier:
             base_url=url, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False
         )
 
-    def run(self, flow: Flow[T]) -> T:
-        """Drive a flow to its end; gives its result, or raises what it raises."""
-        return drive(flow, self.send, time.sleep)
+    def run(self, flow: Flow[T], timeout: float | None = None) -> T:
+        """Drive a flow to its end; gives its result, or raises what it raises.
 
-    def send(self, outgoing: Outgoing) -> Answer:
-        """Send one request; raises TransportError."""
+        Args:
+            flow: What is sent, and what is made of the answers.
+            timeout: Seconds for all of it; None leaves each exchange its own.
+
+        Raises:
+            TransportError: code ``transport.timeout``, where the time is over.
+        """
+        until = _until(timeout)
+
+        def pause(seconds: float) -> None:
+            _require_time(until, seconds)
+            time.sleep(seconds)
+
+        return drive(flow, lambda outgoing: self.send(outgoing, until), pause)
+
+    def send(self, outgoing: Outgoing, until: float = math.inf) -> Answer:
+        """Send one request, to be answered before ``until`` (monotonic seconds); raises TransportError."""
+        _require_time(until)
         if self._wire is not None and self._plain is not None and outgoing.target == _OHTTP:
             return self._wire.request(
                 outgoing.method,
                 self._plain.prefix + outgoing.target,
                 (self._plain.field, *outgoing.fields),
                 outgoing.content,
-                timeout=_patience(outgoing),
+                timeout=_patience(outgoing, until),
                 meanwhile=outgoing.meanwhile,
             )
         try:
@@ -68,6 +84,7 @@ class Carrier:
                 outgoing.target.decode(),
                 headers=[*outgoing.fields],
                 content=bytes(outgoing.body) if outgoing.content else None,
+                timeout=_timeout(until),
             ) as response:
                 return _whole(response)
         except _FOREIGN as error:
@@ -104,12 +121,19 @@ class AsyncCarrier:
             base_url=url, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False
         )
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Drive a flow to its end; gives its result, or raises what it raises."""
-        return await drive_async(flow, self.send, asyncio.sleep)
+    async def run(self, flow: Flow[T], timeout: float | None = None) -> T:  # noqa: ASYNC109
+        """As `Carrier.run`."""
+        until = _until(timeout)
 
-    async def send(self, outgoing: Outgoing) -> Answer:
-        """Send one request; raises TransportError."""
+        async def pause(seconds: float) -> None:
+            _require_time(until, seconds)
+            await asyncio.sleep(seconds)
+
+        return await drive_async(flow, lambda outgoing: self.send(outgoing, until), pause)
+
+    async def send(self, outgoing: Outgoing, until: float = math.inf) -> Answer:
+        """As `Carrier.send`."""
+        _require_time(until)
         if self._plain is not None and outgoing.target == _OHTTP:
             if self._link is None:
                 self._link = Upstream(Peer(host=self._plain.host, port=self._plain.port), limits=_LIMITS)
@@ -118,7 +142,7 @@ class AsyncCarrier:
                 self._plain.prefix + outgoing.target,
                 (self._plain.field, *outgoing.fields),
                 outgoing.content,
-                timeout=_patience(outgoing),
+                timeout=_patience(outgoing, until),
             )
         try:
             async with self._http.stream(
@@ -126,6 +150,7 @@ class AsyncCarrier:
                 outgoing.target.decode(),
                 headers=[*outgoing.fields],
                 content=bytes(outgoing.body) if outgoing.content else None,
+                timeout=_timeout(until),
             ) as response:
                 body = bytearray()
                 async for piece in response.aiter_raw():
@@ -186,9 +211,31 @@ def _bad_url(url: str) -> UsageError:
     )
 
 
-def _patience(outgoing: Outgoing) -> float:
+def _patience(outgoing: Outgoing, until: float) -> float:
     """Seconds for a request to leave and its answer to come."""
-    return PATIENCE + _LIMITS.transfer_timeout(len(outgoing.content))
+    usual = PATIENCE + _LIMITS.transfer_timeout(len(outgoing.content))
+    return min(usual, max(until - time.monotonic(), 0.001))
+
+
+def _timeout(until: float) -> httpx.Timeout:
+    """The same for what httpx carries, for each wait."""
+    if until == math.inf:
+        return TIMEOUT
+    left = max(until - time.monotonic(), 0.001)
+    return httpx.Timeout(min(30.0, left), connect=min(5.0, left))
+
+
+def _until(timeout: float | None) -> float:
+    """Monotonic seconds at which the time is over."""
+    return math.inf if timeout is None else time.monotonic() + timeout
+
+
+def _require_time(until: float, seconds: float = 0.0) -> None:
+    """Refuse to begin what can't be over in time; raises TransportError."""
+    if time.monotonic() + seconds >= until:
+        raise TransportError(
+            "the answer did not come in time", code="transport.timeout", hint="Allow more seconds"
+        )
 
 
 def _whole(response: httpx.Response) -> Answer:
@@ -214,6 +261,7 @@ def _require_size(length: int) -> None:
 def _lost(error: Exception, url: httpx.URL) -> TransportError:
     return TransportError(
         "the service could not be reached",
+        code="transport.timeout" if isinstance(error, httpx.TimeoutException) else "transport",
         claim="connection",
         expected=f"an answer from {str(url.copy_with(userinfo=b'')).rstrip('/')}",
         actual=reason_of(error),

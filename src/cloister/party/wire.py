@@ -73,7 +73,7 @@ class Wire:
         """
         head = http1.format_request(method, target, fields, len(body))
         until = time.monotonic() + timeout
-        connection = self._begin(head, body, until)
+        connection = self._begin(head, body, until, min(self._silence, timeout))
         keep = False
         try:
             if meanwhile is not None:
@@ -92,7 +92,7 @@ class Wire:
         while self._idle:
             self._idle.pop().close()
 
-    def _begin(self, head: bytes, body: Buffer | Pieces, until: float) -> _Connection:
+    def _begin(self, head: bytes, body: Buffer | Pieces, until: float, silence: float) -> _Connection:
         """A connection on which the request was written: an idle one that still stands, or a new one."""
         while True:
             try:
@@ -101,20 +101,23 @@ class Wire:
                 break
             if not connection.stands:
                 connection.close()
-            elif connection.send(head, body, until):
+                continue
+            connection.allow(silence)
+            if connection.send(head, body, until):
                 return connection
-        connection = self._connect()
+        connection = self._connect(min(_CONNECT, silence))
+        connection.allow(silence)
         if not connection.send(head, body, until):
             raise TransportError(
                 "the service closed the connection", code="transport.closed", hint=_HINT, sent=False
             )
         return connection
 
-    def _connect(self) -> _Connection:
+    def _connect(self, timeout: float) -> _Connection:
         if self._closed:
             raise TransportError("the connection pool is closed", code="transport.closed", sent=False)
         try:
-            stream = socket.create_connection(self._address, _CONNECT)
+            stream = socket.create_connection(self._address, timeout)
         except (OSError, UnicodeError) as error:  # a name that is no host name fails in its encoding
             raise TransportError(
                 "the service could not be reached",
@@ -126,7 +129,6 @@ class Wire:
                 sent=False,
             ) from error
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stream.settimeout(self._silence)
         return _Connection(stream, self._limits)
 
 
@@ -151,6 +153,11 @@ class _Connection:
         poll = select.poll()
         poll.register(self._stream, select.POLLIN | select.POLLHUP | select.POLLERR)
         return not poll.poll(0)
+
+    def allow(self, silence: float) -> None:
+        """Let the server take so many seconds for its next byte."""
+        if self._stream.gettimeout() != silence:
+            self._stream.settimeout(silence)
 
     def send(self, head: bytes, body: Buffer | Pieces, until: float) -> bool:
         """Write a request; False where the connection was gone before a byte of it was written.
