@@ -230,6 +230,8 @@ def _split(content: memoryview, header_length: bytes | None) -> tuple[dict[str, 
             code="request.header",
             claim="inference header",
             expected="JSON",
+            actual="other bytes",
+            hint="" if header_length else "A body with binary tensors needs Inference-Header-Content-Length",
         ) from error
     if not isinstance(header, dict):
         raise _bad("request.header", "inference header", "a JSON object", type(header).__name__)
@@ -296,7 +298,7 @@ def _from_binary(name: str, data: memoryview, dtype: np.dtype[Any], shape: tuple
         return np.frombuffer(data, dtype=dtype).reshape(shape)
     except ValueError as error:  # such as two sides whose product overflows beside one that is zero
         raise InvalidRequest(
-            code="request.shape", claim=f"shape of {name}", expected="a possible one"
+            code="request.shape", claim=f"shape of {name}", expected="a possible one", actual="another"
         ) from error
 
 
@@ -339,12 +341,15 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...
             items = [item.encode() for item in flat]
         except UnicodeEncodeError as error:  # JSON can name half a surrogate pair
             raise InvalidRequest(
-                code="request.data", claim=f"data of {name}", expected="Unicode text"
+                code="request.data",
+                claim=f"data of {name}",
+                expected="Unicode text",
+                actual="half a character",
             ) from error
         return np.array([*items, None], dtype=object)[:-1].reshape(shape)
     kinds = {"b": bool, "i": int, "u": int}.get(dtype.kind)
     if not all(type(item) is kinds if kinds else type(item) in (int, float) for item in flat):
-        raise _bad("request.data", f"data of {name}", _name_of(dtype), "another type")
+        raise _bad("request.data", f"data of {name}", _NAMES[dtype], "another type")
     try:
         with np.errstate(over="raise"):  # a number beyond the datatype must not become infinity
             return _numbers(flat, dtype).reshape(shape)
@@ -353,7 +358,8 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: tuple[int, ...
             "a value does not fit its datatype",
             code="request.data",
             claim=f"data of {name}",
-            expected=_name_of(dtype),
+            expected=_NAMES[dtype],
+            actual="a value beyond it",
         ) from error
 
 
@@ -442,10 +448,6 @@ def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
 
 def _bits(array: Array) -> Array:
     return np.ascontiguousarray(array).view("<u2").reshape(array.shape)
-
-
-def _name_of(dtype: np.dtype[Any]) -> str:
-    return "bfloat16" if dtype == BFLOAT16 else dtype.name
 
 
 def _bad(code: str, claim: str, expected: object, actual: object) -> InvalidRequest:
