@@ -35,16 +35,17 @@ STAGES: Final = {
     "launch": "enclave: started, its libraries loaded",
     "challenge": "service document verified, challenge fetched",
     "attest": "evidence collected",
-    "release": "evidence verified by the key service, keys released",
+    "release": "evidence verified by the key service, keys released; warm: waiting for a renewal",
     "register": "launcher sees the enclave answer, gateway knows it",
     "open": "sealed model fetched, checked, decrypted",
     "build": "session built",
     "decrypt": "request decrypted",
     "queue": "waiting for a thread",
     "run": "ONNX Runtime",
-    "rest": "client, gateway, authorization, encoding, encryption of the answer",
+    "encode": "outputs encoded",
+    "rest": "client, gateway, authorization, encryption of the answer",
 }
-_TOLD: Final = ("open", "build", "decrypt", "queue", "run")  # by the enclave, in its answer
+_TOLD: Final = ("open", "build", "decrypt", "queue", "run", "encode")  # by the enclave, in its answer
 _KINDS: Final = ("cold", "warm", "hot")
 
 Times = dict[str, float]  # stage -> seconds
@@ -60,12 +61,12 @@ def run(arguments: Sequence[str]) -> Report:
             found: dict[str, list[Times]] = {kind: [] for kind in _KINDS}
             for _ in range(options.runs):
                 steps = _restart(made)
-                found["cold"].append({**steps, **asked.once(opens=True)})
-                found["hot"] += [asked.once() for _ in range(HOT)]
+                found["cold"].append({**steps, **asked.once("cold")})
+                found["hot"] += [asked.once("hot") for _ in range(HOT)]
                 made.publish(NAME, model)
                 client.verify()
-                found["warm"].append(asked.once(opens=True))
-                found["hot"] += [asked.once() for _ in range(HOT)]
+                found["warm"].append(asked.once("warm"))
+                found["hot"] += [asked.once("hot") for _ in range(HOT)]
     return _report(options, found)
 
 
@@ -79,16 +80,19 @@ class _Asked:
         self._inputs, self._expected = question(plain)
         client.verify()
 
-    def once(self, *, opens: bool = False) -> Times:
-        """Ask; raises SystemExit for a wrong answer, and where the model was or wasn't opened for it."""
+    def once(self, kind: str) -> Times:
+        """Ask; raises SystemExit for a wrong answer, and for one of another kind."""
         start = time.monotonic()
         outputs = self._client.infer(self._model, self._inputs)
         seconds = time.monotonic() - start
         if any(not np.array_equal(outputs[name], value) for name, value in self._expected.items()):
             raise SystemExit("the confidential path gave another answer")
-        told = {name: self._client.record.stages.get(name, 0.0) / 1e3 for name in _TOLD}
-        if (told["open"] > 0) != opens:
-            raise SystemExit(f"the model was {'not ' if opens else ''}opened for this request")
+        record = self._client.record
+        if record.reuse != kind or ("open" in record.stages) != (kind != "hot"):
+            raise SystemExit(f"not a {kind} answer: {record.reuse}, {record.stages}")
+        # What a cold answer says of the start is in the steps already.
+        names = (*_TOLD, "release") if kind == "warm" else _TOLD
+        told = {name: record.stages.get(name, 0.0) / 1e3 for name in names}
         return {**told, "rest": seconds - sum(told.values())}
 
 

@@ -186,7 +186,8 @@ def _bars(figures: dict[str, Any]) -> list[tuple[str, float, bool, str]]:
 def _stages(client: Client, carrier: _TimedCarrier, start: float, end: float) -> dict[str, float]:
     """Seconds of each stage of one request; they add up to its whole time."""
     inside = {name: milliseconds / 1e3 for name, milliseconds in client.record.stages.items()}
-    known = inside["decrypt"] + inside["queue"] + inside["run"] + inside["open"] + inside["build"]
+    waited = sum(inside.get(name, 0.0) for name in ("release", "open", "build", "wait"))  # none where hot
+    known = inside["decrypt"] + inside["queue"] + inside["run"] + waited
     return {
         "seal": carrier.left - start,
         "transport": carrier.came - carrier.left - inside["enclave"],

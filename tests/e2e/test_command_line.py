@@ -623,6 +623,30 @@ def test_the_operator_makes_a_pool_for_a_second_owner(service: World, tmp_path: 
     assert published["service"] == service.user_policy.service.hex()
 
 
+def test_the_owner_sees_loads_and_unloads_models(service: World) -> None:
+    owner = ("--desk", service.desk.directory, "--service-policy", service.site.user_policy)
+    model = f"{service.desk.owner.hex()}/digits"
+
+    def states() -> set[str]:  # of the worker that answers: there may be several
+        found = run("owner", "index", service.url, *owner, "--json").json
+        assert found["owner"] == service.desk.owner.hex()
+        return {each["state"] for each in found["models"] if each["name"] == model}
+
+    loaded = run("owner", "load", "digits", service.url, *owner, "--json").json
+    assert loaded == {"model": model, "state": "READY"}
+    eventually(lambda: states() == {"READY"}, "a worker with the model")
+    lines = run("owner", "index", service.url, *owner).out.splitlines()
+    assert lines[1].split() == ["name", "version", "state", "reason"]
+    assert any(line.split()[:2] == [model, "1"] for line in lines[2:])
+    assert run("owner", "unload", "digits", service.url, *owner).out.split() == [
+        *("model", model),
+        *("state", "UNAVAILABLE"),
+    ]
+    eventually(lambda: states() == {"UNAVAILABLE"}, "a worker without the model")
+    unknown = refused("owner", "load", "nonesuch", service.url, *owner)
+    assert unknown["error"] == "not-found.model"
+
+
 def test_owner_list_shows_grants_and_when_they_end(service: World) -> None:
     desk = ("--desk", service.desk.directory)
     models = {each["name"]: each for each in run("owner", "list", *desk, "--json").json["models"]}

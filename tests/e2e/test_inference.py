@@ -50,6 +50,7 @@ from e2e.malicious import (
     answer,
     delay,
     drop,
+    eventually,
     extend,
     flip,
     redirect,
@@ -736,6 +737,22 @@ def test_metrics_carry_nothing_secret(service: World, client: Client) -> None:
         service.statement("digits").digest.hex(),
     ]
     assert [each for each in secrets if each in text] == []
+
+
+def test_the_operator_sees_stages_of_many_answers(service: World, client: Client) -> None:
+    for _ in range(2 * 40):  # there are two workers
+        assert service.serves(client)
+    assert client.record.reuse == "hot"
+
+    def told(stage: str) -> float:
+        text = httpx.get(f"{service.url}/metrics", trust_env=False).text
+        name = f'cloister_stage_seconds_count{{pool="{service.pool.hex()}",stage="{stage}"}} '
+        return sum(float(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
+
+    for stage in ("decrypt", "queue", "run", "encode", "encrypt"):
+        eventually(lambda stage=stage: told(stage) >= 32, f"figures of {stage}")  # type: ignore[misc]
+    for stage in ("start", "launch", "attest", "release", "open", "build"):
+        assert told(stage) > 0
 
 
 def test_logs_carry_nothing_secret(service: World, client: Client) -> None:

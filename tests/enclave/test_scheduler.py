@@ -24,6 +24,7 @@ from cloister.enclave.worker.jobs import Call, Outcome
 from cloister.enclave.worker.models import TensorSpec
 from cloister.enclave.worker.scheduler import Scheduler
 from cloister.errors import CloisterError, DeadlineExceeded, InvalidRequest, Overloaded
+from cloister.net.body import Body
 
 pytestmark = pytest.mark.asyncio
 STRICT = ServingOptions(isolation="strict")
@@ -73,8 +74,8 @@ class FakeModel:
 class Bench:
     """A scheduler, and short ways to ask it."""
 
-    def __init__(self, *, threads: int = 1, queue: int = 64) -> None:
-        self.scheduler = Scheduler(threads=threads, queue=queue)
+    def __init__(self, *, threads: int = 1, queue: int = 64, **options: Any) -> None:
+        self.scheduler = Scheduler(threads=threads, queue=queue, **options)
         self.model = FakeModel()
 
     async def ask(
@@ -86,20 +87,18 @@ class Bench:
         x: Array | None = None,
         name: str = "model",
         model: FakeModel | None = None,
+        body: Body | None = None,
         **options: Any,
     ) -> Outcome:
         x = np.full((rows, 4), mark, np.float32) if x is None else x
-        call = Call(
-            **{
-                "name": name,
-                "model": model or self.model,
-                "options": ServingOptions(),
-                "inputs": {"x": x},
-                **options,
-            }
-        )
-        with self.scheduler.enter(user.encode()) as place:
+        call = self.call(mark, **{"name": name, "model": model or self.model, "inputs": {"x": x}, **options})
+        with self.scheduler.enter(user.encode(), body) as place:
             return await self.scheduler.run(place, call)
+
+    def call(self, mark: float, **options: Any) -> Call:
+        x = np.full((1, 4), mark, np.float32)
+        given = {"name": "model", "model": self.model, "options": ServingOptions(), "inputs": {"x": x}}
+        return Call(**{**given, **options})
 
     def start(self, *given: Any, **options: Any) -> asyncio.Task[Outcome]:
         return asyncio.ensure_future(self.ask(*given, **options))
@@ -370,6 +369,82 @@ async def test_a_request_cancelled_while_it_runs(bench):
     assert (result.outputs["y"] == 2).all()
 
 
+async def test_who_went_away_leaves_the_queue(bench):
+    held = await bench.hold()
+    bodies = [Body.of(b"") for _ in range(4)]
+    tasks = [bench.start(mark, body=body) for mark, body in enumerate(bodies)]
+    await asyncio.sleep(0)
+    bodies[1].fail()
+    bodies[2].fail()
+    assert bench.scheduler.inside == 3  # at once
+    bodies[2].fail()
+    assert [bodies[mark].abandoned for mark in range(4)] == [False, True, True, False]
+    results = await settled(bench, held, *tasks)
+    assert [type(each).__name__ for each in results[1:]] == [
+        "Outcome", "CancelledError", "CancelledError", "Outcome"
+    ]  # fmt: skip
+    assert bench.model.marks == [-1, 0, 3]
+
+
+async def test_who_goes_away_while_it_runs_keeps_the_place_until_it_ends(bench):
+    body = Body.of(b"")
+    x = np.full((1, 4), 7, np.float32)
+    bench.model.gate.clear()
+    task = bench.start(7, x=x, body=body)
+    await until(lambda: bench.model.running == 1)
+    body.fail()
+    await asyncio.sleep(0.01)
+    assert bench.scheduler.inside == 1
+    assert not task.done()
+    (result,) = await settled(bench, task)
+    assert (result.outputs["y"] == 14).all()  # its inputs were left alone
+
+
+async def test_who_went_away_before_there_was_a_place(bench):
+    body = Body.of(b"")
+    body.fail()
+    with pytest.raises(asyncio.CancelledError):
+        await bench.ask(1, body=body)
+    assert bench.empty()
+    assert bench.model.ran == []
+
+
+async def test_who_goes_away_before_the_queue(bench):
+    """Such as while the model is loaded."""
+    body = Body.of(b"")
+    with bench.scheduler.enter(b"u", body) as place:
+        body.fail()
+        assert bench.scheduler.inside == 0
+        with pytest.raises(asyncio.CancelledError):
+            await bench.scheduler.run(place, bench.call(1))
+    assert bench.empty()
+
+
+async def test_who_goes_away_after_the_place_was_taken_back(bench_of):
+    bench = bench_of(queue=3)
+    held = await bench.hold()
+    bodies = [Body.of(b"") for _ in range(2)]
+    tasks = [bench.start(mark, "many", body=body) for mark, body in enumerate(bodies)]
+    await asyncio.sleep(0)
+    other = bench.start(9, "one")
+    await asyncio.sleep(0)
+    bodies[1].fail()
+    assert bench.scheduler.inside == 3
+    results = await settled(bench, held, other, *tasks)
+    assert list(map(code, results)) == ["ok", "ok", "ok", "overloaded"]
+
+
+async def test_who_goes_away_passes_a_strict_model_s_turn_on(bench):
+    held = await bench.hold(name="held")
+    bodies = [Body.of(b"") for _ in range(3)]
+    tasks = [bench.start(mark, body=body, options=STRICT) for mark, body in enumerate(bodies)]
+    await asyncio.sleep(0)
+    bodies[0].fail()
+    bodies[1].fail()
+    results = await settled(bench, held, *tasks)
+    assert [type(each).__name__ for each in results[1:]] == ["CancelledError"] * 2 + ["Outcome"]
+
+
 async def test_what_a_model_raises_is_the_answer_of_its_request_alone(bench):
     def fail(x: Array) -> Array:
         if x[0, 0] == 1:
@@ -498,7 +573,7 @@ async def learn(bench: Bench, limit: int = 8, **options: Any) -> None:
     await bench.ask(0, **options)
     (lane,) = bench.scheduler._lanes.values()
     lane.profile.limit, lane.profile._agreed = limit, TRIALS
-    lane.profile._counts = [TRIALS] * len(lane.profile._counts)
+    lane.profile._seen = [TRIALS] * len(lane.profile._seen)
     lane.profile._choose = None  # type: ignore[method-assign]
     bench.model.ran.clear()
 
@@ -715,6 +790,50 @@ async def test_no_answer_goes_to_another_request(bench_of):
     assert len(batches) == 1000
     assert max(batches) > 4
     await until(bench.empty)
+
+
+@dataclass
+class Metered(FakeModel):
+    """A model whose runs take simulated processor time, with noise."""
+
+    fixed: float = 0.0
+    row: float = 1e-3
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.random = np.random.default_rng(3)
+
+    def run(self, inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        spent = self.fixed + self.row * len(inputs["x"])
+        self.now += spent * float(np.exp(self.random.normal(0, 0.2)))
+        self.ran.append(np.zeros((len(inputs["x"]), 1)))
+        return {"y": inputs["x"] * 2}
+
+
+@pytest.mark.parametrize("pays", [True, False])
+async def test_batches_settle_where_they_pay_and_nowhere_else(bench_of, pays):
+    """Sixteen clients, each with one request after the other, on an injected clock."""
+    model = Metered(fixed=1e-3, row=1e-4) if pays else Metered(row=1.04e-3)
+    bench = bench_of(processor=lambda: model.now)
+    settled: list[int] = []
+
+    async def client(number: int) -> None:
+        for count in range(200):
+            outcome = await bench.ask(number + 16 * count, model=model, options=SAME)
+            assert (outcome.outputs["y"] == 2 * (number + 16 * count)).all()
+            settled.append(bench.scheduler._lanes["model", False].profile.settled)
+
+    await asyncio.gather(*map(client, range(16)))
+    rows = [len(x) for x in model.ran[len(model.ran) // 2 :]]
+    changes = [one for one, before in zip(settled[1:], settled, strict=False) if one != before]
+    if pays:
+        assert settled[-1] >= 8
+        assert 1 not in changes
+        assert np.mean(rows) > 6
+    else:
+        assert changes == []
+        assert np.mean(rows) < 1.2
 
 
 async def test_lanes_are_bounded(bench, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from cloister.core.protocol.stages import Figures, Histogram
 from cloister.errors import (
     CloisterError,
     FormatError,
@@ -71,8 +72,8 @@ class House:
         await self.register(name, pool)
         return front
 
-    async def register(self, name: str, pool: str = POOL) -> None:
-        body = json.dumps({"pool": pool, "socket": str(self.path / name)}).encode()
+    async def register(self, name: str, pool: str = POOL, **more: Any) -> None:
+        body = json.dumps({"pool": pool, "socket": str(self.path / name), **more}).encode()
         assert (
             await self.admin.request(b"PUT", b"/workers/" + name.encode(), (), body, timeout=5)
         ).status == 204
@@ -416,6 +417,66 @@ def test_metrics_count_by_pool_and_outcome(go: Go, tmp_path: Path) -> None:
     go(main())
 
 
+def told(age: float = 1.0, **seconds: float) -> Figures:
+    """Figures in which each stage was counted once."""
+    made = {name: Histogram() for name in seconds}
+    for name, each in seconds.items():
+        made[name].observe(each)
+    return Figures(age=age, stages=made)
+
+
+def test_stages_that_workers_tell_of_are_summed_by_pool(go: Go, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with house(tmp_path) as home:
+            for name, seconds in (("a", 0.002), ("b", 0.02)):
+                await home.worker(name)
+                for _ in range(2):  # heartbeats repeat what was said
+                    await home.register(name, stages=told(age=0.001, run=seconds, open=1.5).to_data())
+            text = bytes((await home.get(b"/metrics")).body).decode()
+            run = f'cloister_stage_seconds_bucket{{le="%s",pool="{POOL}",stage="run"}} %s'
+            for bound, count in (("0.001", 0.0), ("0.003", 1.0), ("0.03", 2.0), ("+Inf", 2.0)):
+                assert run % (bound, count) in text
+            assert f'cloister_stage_seconds_sum{{pool="{POOL}",stage="open"}} 3.0' in text
+
+    go(main())
+
+
+def sums(metrics: Metrics) -> dict[str, float]:
+    lines = metrics.render([]).decode().splitlines()
+    found = [line.split(" ") for line in lines if line.startswith("cloister_stage_seconds_count")]
+    return {line[0].partition('stage="')[2].partition('"')[0]: float(line[1]) for line in found}
+
+
+def test_sums_only_grow_whatever_workers_do() -> None:
+    metrics = Metrics()
+    metrics.take("w", POOL, told(age=1e-6, run=1, open=1))
+    metrics.take("w", POOL, told(age=5, run=1, open=1))
+    assert sums(metrics) == {"run": 1, "open": 1}
+    metrics.take("w", POOL, told(age=1, run=1))  # started again
+    assert sums(metrics) == {"run": 2, "open": 1}
+    metrics.take("w", POOL, told(age=2, run=1, build=1))
+    assert sums(metrics) == {"run": 2, "open": 1, "build": 1}
+
+
+def test_the_past_of_a_worker_that_is_older_than_the_gateway_is_not_counted() -> None:
+    metrics = Metrics()
+    metrics.take("w", POOL, told(age=1000, run=1))
+    assert sums(metrics) == {}
+    later = told(age=1002, run=1)
+    later.stages["run"].observe(0.5)
+    metrics.take("w", POOL, later)
+    assert sums(metrics) == {"run": 1}
+
+
+def test_remembered_workers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloister.host.gateway.metrics.MAX_WORKERS", 3)
+    metrics = Metrics()
+    for number in range(10):
+        metrics.take(f"w{number}", POOL, told(age=1e-6, run=1))
+    assert len(metrics._stages._before) == 3
+    assert sums(metrics) == {"run": 10}
+
+
 def test_blobs_are_uploaded_and_read(go: Go, tmp_path: Path) -> None:
     async def main() -> None:
         async with house(tmp_path, blobs=BlobStore(tmp_path / "blobs", 10_000_000)) as home:
@@ -455,7 +516,7 @@ def test_the_admin_socket_is_private_and_lists_workers(go: Go, tmp_path: Path) -
     "body",
     [b"", b"{", b"[]", b'{"pool": "x", "socket": "/a"}', b'{"pool": 1, "socket": "/a"}',
      b'{"pool": "key-service", "socket": "a"}', b'{"pool": "key-service", "socket": "/a", "more": 1}',
-     b'{"pool": "key-service", "socket": "/a\\u0000b"}',
+     b'{"pool": "key-service", "socket": "/a\\u0000b"}', b"[" * 4000,
      b'{"pool": "key-service", "socket": "/' + b"a" * 107 + b'"}'],
 )  # fmt: skip
 def test_refused_registration(go: Go, tmp_path: Path, body: bytes) -> None:
@@ -463,6 +524,10 @@ def test_refused_registration(go: Go, tmp_path: Path, body: bytes) -> None:
         async with house(tmp_path) as home:
             answer = await home.admin.request(b"PUT", b"/workers/w", (), body, timeout=5)
             assert code(answer) == (400, "gateway.worker")
+            raw = b'{"pool": "key-service", "socket": "/a", "stages": {"age_s": 1, "stages": {"x": []}}}'
+            answer = await home.admin.request(b"PUT", b"/workers/w", (), raw, timeout=5)
+            assert code(answer) == (400, "format.stages")
+            assert home.gateway.registry.workers(0) == []
             large = await home.admin.request(b"PUT", b"/workers/w", (), bytes(5000), timeout=5)
             assert code(large) == (413, "http.too-large")
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from cloister.errors import UsageError
+from cloister.net.body import Body
+from cloister.net.connection import Connection
 from cloister.net.front import Answer, FrontServer, Head, Limits, serve
 from support.fronts import whole
 
@@ -526,6 +528,135 @@ def test_a_port_that_is_taken_is_our_error(go: Go) -> None:
         front = await serve(echo)
         with pytest.raises(UsageError):
             await serve(echo, port=front.port)
+        await front.close()
+
+    go(main())
+
+
+# --- peers that go away ---
+
+
+def test_a_handler_learns_that_its_peer_is_gone_and_runs_to_its_end(go: Go) -> None:
+    async def main() -> None:
+        seen: list[bool] = []
+        called: list[int] = []
+        done = asyncio.Event()
+
+        async def slow(head: Head, body: Body) -> Answer:
+            body.when_abandoned(lambda: called.append(1))
+            seen.append(body.abandoned)
+            while not body.abandoned:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            seen.append(bool(called))
+            done.set()
+            return Answer()
+
+        front = await serve(slow)
+        client = await Raw.connect(front)
+        client.writer.write(POST % (3, b"") + b"abc")
+        await asyncio.sleep(0.02)
+        await client.end()
+        await asyncio.wait_for(done.wait(), 1)
+        assert (seen, called) == ([False, True], [1])
+        await front.close()
+
+    go(main())
+
+
+def test_a_handler_is_cancelled_where_that_is_wanted(go: Go) -> None:
+    async def main() -> None:
+        ended: list[str] = []
+
+        async def slow(head: Head, body: Body) -> Answer:
+            try:
+                await asyncio.sleep(5)
+            except asyncio.CancelledError:
+                ended.append("cancelled")
+                raise
+            return Answer()
+
+        front = await serve(slow, cancel=True)
+        leaving = [await Raw.connect(front) for _ in range(3)]
+        for client in leaving:
+            client.writer.write(POST % (3, b"") + b"abc")
+        await asyncio.sleep(0.02)
+        assert front._shared.buffered == 9
+        for client in leaving:
+            await client.end()
+        await asyncio.sleep(0.05)
+        assert ended == ["cancelled"] * 3
+        assert (front._shared.buffered, front.connections, front._shared.tasks) == (0, 0, set())
+        await front.close()
+
+    go(main())
+
+
+def test_a_handler_that_had_not_begun_leaves_nothing(go: Go) -> None:
+    async def main() -> None:
+        front = await serve(echo, cancel=True)
+        client = await Raw.connect(front)
+        await asyncio.sleep(0.02)
+        (connection,) = front._shared.members
+        raw = POST % (3, b"") + b"abc"
+        assert isinstance(connection, Connection)
+        connection.get_buffer(-1)[: len(raw)] = raw
+        connection.buffer_updated(len(raw))  # its task begins in the next round
+        connection.abort()
+        connection.connection_lost(None)
+        await asyncio.sleep(0.02)
+        assert (front._shared.buffered, front._shared.tasks) == (0, set())
+        await client.end()
+        await front.close()
+
+    go(main())
+
+
+def test_what_is_pipelined_meanwhile_is_bounded(go: Go) -> None:
+    """The end of a connection is seen while a request is in progress, and yet nobody can fill memory."""
+
+    async def main() -> None:
+        release = asyncio.Event()
+
+        @whole
+        async def slow(head: Head, body: memoryview) -> Answer:
+            await release.wait()
+            return Answer(body=bytes(body))
+
+        limits = Limits(max_head=4096)
+        front = await serve(slow, limits=limits)
+        client = await Raw.connect(front)
+        second = b"y" * 100_000
+        client.writer.write(POST % (3, b"") + b"abc" + POST % (len(second), b"") + second)
+        await asyncio.sleep(0.05)
+        (connection,) = front._shared.members
+        assert isinstance(connection, Connection)
+        assert connection._filled == len(connection._head) == 4096
+        assert front._shared.buffered == 3
+        release.set()
+        assert (await client.answer())[2] == b"abc"
+        assert (await client.answer())[2] == second
+        await client.end()
+        await front.close()
+
+    go(main())
+
+
+def test_a_peer_that_closes_one_direction_is_gone(go: Go) -> None:
+    async def main() -> None:
+        lost = asyncio.Event()
+
+        async def slow(head: Head, body: Body) -> Answer:
+            body.when_abandoned(lost.set)
+            await lost.wait()
+            return Answer()
+
+        front = await serve(slow)
+        client = await Raw.connect(front)
+        client.writer.write(POST % (3, b"") + b"abc")
+        client.writer.write_eof()
+        await asyncio.wait_for(lost.wait(), 1)
+        assert await client.closed()
+        await client.end()
         await front.close()
 
     go(main())

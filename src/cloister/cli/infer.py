@@ -43,7 +43,7 @@ def infer(
     memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
     with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
         outputs = client.infer(model, arrays)
-        stages = client.record.stages
+        stages, reuse = client.record.stages, client.record.reuse
     if output is not None:
         _write(output, outputs)
     if as_json:
@@ -52,6 +52,7 @@ def infer(
             {
                 "outputs": shown,
                 "stages_ms": stages,
+                "reuse": reuse,
                 **({"written": str(output)} if output is not None else {}),
             }
         )
@@ -61,7 +62,8 @@ def infer(
         for name, array in outputs.items()
     ]
     table("Outputs", ("name", "type", "shape", "values"), rows)
-    table("Inside the enclave", ("stage", "ms"), [(name, f"{value:.3f}") for name, value in stages.items()])
+    title = f"Inside the enclave ({reuse})" if reuse else "Inside the enclave"
+    table(title, ("stage", "ms"), [(name, f"{value:.3f}") for name, value in stages.items()])
 
 
 def _write(path: Path, outputs: dict[str, np.ndarray]) -> None:

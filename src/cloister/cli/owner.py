@@ -1,9 +1,9 @@
-"""``cloister owner``: seal models, publish statements, grant and revoke."""
+"""``cloister owner``: seal models, publish statements, grant and revoke; what workers have in memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from cloister.owner.desk import Desk, DeskModel
 
 if TYPE_CHECKING:
     from cloister.owner.publish import Publisher
+    from cloister.owner.repository import ModelRepository
 
 app = typer.Typer(help="The owner's desk.", no_args_is_help=True)
 DeskDir = Annotated[Path, typer.Option("--desk", help="The owner's desk (a folder with secrets).")]
@@ -164,6 +165,55 @@ def list_models(desk: DeskDir = Path("owner"), as_json: AsJson = False) -> None:
     table("Grants", ("model", "user", "until", "state"), grants)
 
 
+@app.command("index")
+def index(
+    url: Url,
+    service_policy: Trusted,
+    desk: DeskDir = Path("owner"),
+    as_json: AsJson = False,
+) -> None:
+    """List the owner's models in service, and whether the worker that answers has them in memory."""
+    opened = Desk.open(desk)
+    with _repository(opened, url, service_policy) as repository:
+        models = repository.index()
+    if as_json:
+        print_json({"owner": opened.owner.hex(), "models": models})
+        return
+    columns = ("name", "version", "state", "reason")
+    rows = [[model.get(column, "") for column in columns] for model in models]
+    table(f"Models in service of owner {opened.owner.hex()}", columns, rows)
+
+
+@app.command("load")
+def load(
+    name: Name,
+    url: Url,
+    service_policy: Trusted,
+    desk: DeskDir = Path("owner"),
+    as_json: AsJson = False,
+) -> None:
+    """Have the worker that answers load a model, so that no user waits for that."""
+    opened = Desk.open(desk)
+    with _repository(opened, url, service_policy) as repository:
+        repository.load(name)
+    _print({"model": opened.model_id(name), "state": "READY"}, as_json=as_json)
+
+
+@app.command("unload")
+def unload(
+    name: Name,
+    url: Url,
+    service_policy: Trusted,
+    desk: DeskDir = Path("owner"),
+    as_json: AsJson = False,
+) -> None:
+    """Have the worker that answers drop a model from memory. The next request for it loads it again."""
+    opened = Desk.open(desk)
+    with _repository(opened, url, service_policy) as repository:
+        repository.unload(name)
+    _print({"model": opened.model_id(name), "state": "UNAVAILABLE"}, as_json=as_json)
+
+
 def _facts(desk: Desk, model: DeskModel) -> dict[str, Any]:
     statement = model.current()
     grants = sorted(statement.grants.items(), key=lambda each: each[1]) if statement else []
@@ -184,6 +234,13 @@ def _publisher(desk: Path, url: str, service_policy: Path) -> Publisher:
     return Publisher(Desk.open(desk), url, service=trusted.service, key_service=trusted.key_service)
 
 
+def _repository(desk: Desk, url: str, service_policy: Path) -> ModelRepository:
+    from cloister.owner.repository import ModelRepository
+
+    trusted = read_user_policy(service_policy, "service policy")
+    return ModelRepository(desk, url, service=trusted.service, key_service=trusted.key_service)
+
+
 def _print_statement(statement: Statement, *, as_json: bool) -> None:
     facts: dict[str, object] = {
         "model": statement.model,
@@ -194,7 +251,7 @@ def _print_statement(statement: Statement, *, as_json: bool) -> None:
     _print(facts, as_json=as_json)
 
 
-def _print(facts: dict[str, object] | dict[str, str | int], *, as_json: bool) -> None:
+def _print(facts: Mapping[str, object], *, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return

@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -162,7 +163,7 @@ def _run_enclave(
             role,
             site.run_dir(name),
             link_app(routes, forward=_forward(gateway), fetch_document=_fetch(gateway)),
-            _registration(admin, name, pool),
+            _registration(admin, name, pool, lambda: launcher.start_seconds),
             configuration=configuration.to_bytes(),
             memory_limit=(configuration.settings["memory_mib"] << 20) + BASE_MEMORY,
             source=source,
@@ -182,14 +183,27 @@ def _run_enclave(
     run(main())
 
 
-def _registration(admin: Upstream, name: str, pool: Pool | None) -> Callable[[Path], Awaitable[None]]:
-    """Registers an enclave at the gateway, and says so once. A key service has no pool."""
+def _registration(
+    admin: Upstream, name: str, pool: Pool | None, start_seconds: Callable[[], float]
+) -> Callable[[Path], Awaitable[None]]:
+    """Registers an enclave at the gateway, and says so once. A key service has no pool.
+
+    Along with a worker goes what it tells of its stages, and how long its start took.
+    """
+    from cloister.core.protocol.stages import Histogram
+    from cloister.host.launcher.serving import figures
+
     pool_id = "key-service" if pool is None else pool.id.hex()
     said = False
 
     async def register(enclave: Path) -> None:
         nonlocal said
-        body = json.dumps({"pool": pool_id, "socket": str(enclave)}).encode()
+        registration: dict[str, Any] = {"pool": pool_id, "socket": str(enclave)}
+        if pool is not None and (told := await figures(enclave)) is not None:
+            start = Histogram()
+            start.observe(start_seconds())
+            registration["stages"] = replace(told, stages={**told.stages, "start": start}).to_data()
+        body = json.dumps(registration).encode()
         fields = ((b"content-type", b"application/json"),)
         answer = await admin.request(b"PUT", f"/workers/{name}".encode(), fields, body, timeout=5.0)
         if answer.status >= 300:

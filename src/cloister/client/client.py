@@ -20,6 +20,7 @@ from cloister.core.protocol import repository
 from cloister.core.protocol.document import VerifiedDocument
 from cloister.core.protocol.flow import Flow
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
+from cloister.core.protocol.stages import REUSE
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.verifier.result import Step
 from cloister.errors import InvalidRequest, UsageError
@@ -38,7 +39,12 @@ class Record:
         simulated: Whether the service runs in the simulated TEE.
         epoch: The service epoch.
         not_after: Until when the verification is reused, Unix seconds.
-        stages: Stage -> milliseconds of the last answer, as the enclave measured them.
+        stages: Stage -> milliseconds of the last answer, as the enclave measured them: ``launch``,
+            ``attest`` and ``release`` of a cold one; ``release``, ``open``, ``build`` and ``wait`` where it
+            waited for them; always ``decrypt``, ``queue``, ``run``, ``encode``, and ``enclave``, which is all
+            but the answer's encryption.
+        reuse: ``"cold"`` for the first answer of an enclave, ``"warm"`` for one that waited for keys or for
+            its model, ``"hot"`` for all others; empty where the enclave didn't say.
         batch: How many requests ran together with it, itself included; 0 where the enclave didn't say.
     """
 
@@ -49,6 +55,7 @@ class Record:
     not_after: int
     stages: dict[str, float] = field(default_factory=dict)
     batch: int = 0
+    reuse: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -60,6 +67,7 @@ class Record:
             "steps": [step.to_dict() for step in self.steps],
             "stages_ms": self.stages,
             "batch": self.batch,
+            "reuse": self.reuse,
         }
 
     def __str__(self) -> str:
@@ -84,6 +92,7 @@ class _Base:
         )
         self._stages: dict[str, float] = {}
         self._batch = 0
+        self._reuse = ""
 
     @property
     def session(self) -> Session:
@@ -102,6 +111,7 @@ class _Base:
             not_after=verified.not_after,
             stages=dict(self._stages),
             batch=self._batch,
+            reuse=self._reuse,
         )
 
     def _infer(
@@ -128,6 +138,7 @@ class _Base:
             raise
         timing = response.field(b"server-timing")
         self._stages, self._batch = parse_stages(timing), parse_batch(timing)
+        self._reuse = parse_reuse(timing)
         return oip.decode_response(memoryview(response.content), response.field(oip.HEADER_LENGTH))
 
     def _metadata(self, model: str) -> Flow[bytes]:
@@ -345,8 +356,19 @@ def parse_stages(field: bytes | None) -> dict[str, float]:
 
 def parse_batch(field: bytes | None) -> int:
     """How many requests ran together: ``batch;desc=N`` of a ``server-timing`` field; 0 where it isn't."""
+    count = _described(field, "batch")
+    return int(count) if count.isascii() and count.isdigit() and len(count) < 6 else 0
+
+
+def parse_reuse(field: bytes | None) -> str:
+    """The ladder's step: ``reuse;desc=...`` of a ``server-timing`` field; empty where it is none."""
+    step = _described(field, "reuse")
+    return step if step in REUSE else ""
+
+
+def _described(field: bytes | None, wanted: str) -> str:
     for part in (field or b"").decode("ascii", "replace").split(","):
-        name, _, count = part.strip().partition(";desc=")
-        if name == "batch" and count.isascii() and count.isdigit() and len(count) < 6:
-            return int(count)
-    return 0
+        name, _, text = part.strip().partition(";desc=")
+        if name == wanted:
+            return text
+    return ""

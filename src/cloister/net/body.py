@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+from collections.abc import Callable
 from typing import Final
 
 from cloister.errors import TransportError
@@ -19,7 +20,7 @@ class Body:
     only its first `received` bytes mean anything. A `lazy` one takes memory as it fills, others at once.
     """
 
-    __slots__ = ("_failure", "_waiter", "lazy", "received", "view")
+    __slots__ = ("_failure", "_left", "_waiter", "lazy", "received", "view")
 
     def __init__(self, length: int) -> None:
         self.lazy = length > EAGER
@@ -28,6 +29,7 @@ class Body:
         self.received = 0
         self._failure: TransportError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._left: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, content: Buffer) -> Body:
@@ -44,6 +46,15 @@ class Body:
     def complete(self) -> bool:
         """Whether all of it is there."""
         return self.received == len(self.view)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for the answer any more, whether or not all of the request is there."""
+        return self._failure is not None
+
+    def when_abandoned(self, call: Callable[[], None]) -> None:
+        """Have this called once when nobody waits for the answer any more; it replaces an earlier one."""
+        self._left = call
 
     async def more(self, than: int) -> int:
         """Wait until more than ``than`` bytes are there, or all; gives how many.
@@ -74,9 +85,12 @@ class Body:
         self._wake()
 
     def fail(self) -> None:
-        """Say that the rest will not come."""
+        """Say that the rest will not come, and that nobody waits for the answer."""
         self._failure = TransportError("the peer did not send all of its request", code="transport.closed")
         self._wake()
+        left, self._left = self._left, None
+        if left is not None:
+            left()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

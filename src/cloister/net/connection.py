@@ -2,9 +2,10 @@
 
 A connection passes through four states. HEAD collects a head in a buffer of fixed size; BODY fills a buffer
 of exactly the declared length, whose front the handler may use already; BUSY waits for the handler and for
-the peer to read the answer, with reading paused, so that neither pipelined requests nor a slow reader grow
-memory; DISCARD has refused, or answered before the body's end, and drops what still arrives, because closing
-a socket with unread bytes would destroy the answer before the peer reads it.
+the peer to read the answer, and reads no more than the head's buffer holds, so that neither pipelined
+requests nor a slow reader grow memory, and the connection's end is seen; DISCARD has refused, or answered
+before the body's end, and drops what still arrives, because closing a socket with unread bytes would destroy
+the answer before the peer reads it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Shared:
     limits: Limits
     tap: Tap | None
     loop: asyncio.AbstractEventLoop
+    cancel: bool = False  # handlers whose peer is gone
     members: set[Member] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     buffered: int = 0  # bytes of request bodies in memory
@@ -81,6 +83,7 @@ class Connection(asyncio.BufferedProtocol):
         self._head = bytearray(shared.limits.max_head)
         self._filled = 0  # bytes of _head that hold received bytes
         self._body = Body(0)
+        self._task: asyncio.Task[None] | None = None  # of the request in progress
         self._held = 0  # bytes counted in shared.buffered for this connection
         self._writable = asyncio.Event()
         self._writable.set()
@@ -137,6 +140,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._body.advance(nbytes)
                 if self._body.complete:
                     self._busy()
+        elif self._state is _State.BUSY:  # pipelined; nobody may send more than fits before the answer
+            self._filled += nbytes
+            if self._filled == len(self._head):
+                self._transport.pause_reading()
         elif self._state is not _State.DISCARD:
             if self._filled == 0:
                 self._deadline = self._shared.loop.time() + self._shared.limits.head_timeout
@@ -145,7 +152,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._advance()
 
     def eof_received(self) -> bool:
-        """Close: a request that isn't complete never will be."""
+        """Close: a request that isn't complete never will be, and of one that is, nobody waits any more."""
         return False
 
     def pause_writing(self) -> None:
@@ -157,9 +164,15 @@ class Connection(asyncio.BufferedProtocol):
         self._writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection. A handler in progress runs to its end: what it does may not be divisible."""
+        """Forget the connection, and tell the handler in progress (`Body.abandoned`).
+
+        It runs to its end, for what it does may not be divisible, unless its server cancels handlers.
+        """
         self._body.fail()
         self._state = _State.GONE
+        if self._shared.cancel and self._task is not None:
+            self._task.cancel()
+            self._release()  # a task that hadn't begun yet never comes to it
         self._shared.members.discard(self)
         self._writable.set()
 
@@ -286,10 +299,9 @@ class Connection(asyncio.BufferedProtocol):
         """The request is there; read no other before it was answered."""
         self._state = _State.BUSY
         self._deadline = math.inf  # how long an answer may take is its handler's to decide
-        self._transport.pause_reading()
 
     def _start(self, request: Head, call: Callable[[], Awaitable[Answer]]) -> None:
-        task = self._shared.loop.create_task(self._respond(request, call))
+        self._task = task = self._shared.loop.create_task(self._respond(request, call))
         self._shared.tasks.add(task)
         task.add_done_callback(self._shared.tasks.discard)
 
@@ -308,6 +320,7 @@ class Connection(asyncio.BufferedProtocol):
             head = http1.format_answer(answer, keep_alive=False)
         finally:
             self._release()
+            self._task = None
         if self._state in (_State.GONE, _State.DISCARD):
             return
         body = answer.body if http1.has_body(answer.status, request.method) else b""

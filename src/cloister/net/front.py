@@ -94,6 +94,7 @@ async def serve(
     gets: Mapping[bytes, Get] = _NONE,
     other: Callable[[], asyncio.Protocol] | None = None,
     tap: Tap | None = None,
+    cancel: bool = False,
 ) -> FrontServer:
     """Start a server in the running loop.
 
@@ -107,12 +108,22 @@ async def serve(
         other: Makes the protocol that a connection is handed over to, with all bytes read so far, at its
             first request for another target. It stays there.
         tap: Sees every byte.
+        cancel: Whether a handler is cancelled when its peer is gone. Else it runs to its end, and may look at
+            `Body.abandoned`.
 
     Raises:
         UsageError: the socket can't be listened on.
     """
     loop = asyncio.get_running_loop()
-    shared = Shared(handler=handler, gets=gets, other=other, limits=limits or Limits(), tap=tap, loop=loop)
+    shared = Shared(
+        handler=handler,
+        gets=gets,
+        other=other,
+        limits=limits or Limits(),
+        tap=tap,
+        loop=loop,
+        cancel=cancel,
+    )
     try:
         listener = unix_socket(unix) if unix is not None else None
         if listener is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
-from cloister.client.client import AsyncClient, parse_stages
+from cloister.client.client import AsyncClient, parse_reuse, parse_stages
 from cloister.client.proxy.names import Names, accepted_models
 from cloister.client.proxy.room import Place, Room
 from cloister.client.session import model_path
@@ -39,12 +39,14 @@ class Forwarder:
 
     Attributes:
         stages: Stage -> milliseconds of the last inference, as the enclave measured them.
+        reuse: Whether that was cold, warm or hot (`Record`).
     """
 
     client: AsyncClient
     room: Room = field(default_factory=Room)
     names: Names = field(init=False)
     stages: dict[str, float] = field(init=False, default_factory=dict)
+    reuse: str = field(init=False, default="")
     _seen: VerifiedDocument | None = field(init=False, default=None)
     _seen_at: int = field(init=False, default=0)
 
@@ -101,7 +103,9 @@ class Forwarder:
             response = await self.client.send(model, inner)
         finally:
             self._note()
-        self.stages = parse_stages(response.field(b"server-timing")) or self.stages
+        timing = response.field(b"server-timing")
+        if stages := parse_stages(timing):
+            self.stages, self.reuse = stages, parse_reuse(timing)
         return response
 
     async def model(self, name: str, action: str = "", version: str = "") -> dict[str, Any]:

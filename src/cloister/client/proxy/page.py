@@ -45,6 +45,7 @@ def facts(forwarder: Forwarder) -> dict[str, Any]:
     return {
         **forwarder.client.record.to_dict(),
         "stages_ms": forwarder.stages,
+        "reuse": forwarder.reuse,
         "fresh": session.conversation.fresh(session.now()),
         "verified_at": forwarder.verified_at,
         "document": verified.digest.hex(),
@@ -112,7 +113,8 @@ def html(forwarder: Forwarder) -> str:
         parts += ["<h2>Short names</h2>", _table(("name", "model"), aliases)]
     if found["stages_ms"]:
         stages = [(name, f"{value:.3f}") for name, value in found["stages_ms"].items()]
-        parts += ["<h2>Last answer</h2>", _table(("stage", "ms"), stages)]
+        title = f"Last answer: {found['reuse']}" if found["reuse"] else "Last answer"
+        parts += [f"<h2>{title}</h2>", _table(("stage", "ms"), stages)]
     body = "\n".join(parts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Cloister: verification</title>'

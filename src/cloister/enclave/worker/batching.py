@@ -18,11 +18,16 @@ MAX_ROWS: Final = 64  # in a batch
 MAX_BATCH: Final = 64 << 20  # bytes of input in a batch, as much as in one request
 MAX_SECONDS: Final = 0.1  # that a larger batch may be expected to run
 TRIALS: Final = 3  # of each size before it is used, and of a model before any is
-GAIN: Final = 0.9  # a row must cost at most this part of what it costs alone
-FORGET: Final = 1024  # runs after which sizes that didn't pay are measured anew
-COMPARE: Final = 32  # of so many runs one is of a request alone, to see what that costs now
-_SIZES: Final = MAX_ROWS.bit_length()  # 1, 2, 4, ... rows
-_DRIFT: Final = 1.02  # a figure grows by this with each run, so that a faster past is forgotten
+PAIRS: Final = 16  # batches of a size that a look compares with runs alone
+NEAR: Final = 3  # runs alone, just before it, whose median a batch is compared with
+GAIN: Final = 0.9  # batches begin where three of four pairs cost at most this part for a row
+KEEP: Final = 0.97  # and end where half of the pairs cost more than this
+BETTER: Final = 0.9  # another size must cost at most this part of what the present one does
+STEP: Final = 0.98  # a larger size that costs more than this part of the best one brought nothing
+WAIT: Final = 512  # runs before the second look; with each look they double
+MAX_WAIT: Final = 16_384
+_SIZES: Final = MAX_ROWS.bit_length()  # 1, 2, 3 to 4, 5 to 8, ... rows
+_BATCHES: Final = PAIRS * _SIZES  # in a look at most
 
 Key = tuple[Any, ...]
 
@@ -50,32 +55,44 @@ class Model(Protocol):
 class Profile:
     """What is known of a model's batches, learned from real requests alone.
 
+    Whether batches pay is decided in looks, and stays as it is between them. A look lets batches and runs
+    alone take turns and compares each batch with the runs just before it, so that a machine that is slow for
+    a while is slow for both. To begin, most pairs must show a clear gain; to end, half of them none: noise
+    moves neither. Looks become rare, and each ends after `_BATCHES` batches.
+
     Attributes:
         offered: False once a batch gave other results than its requests alone; for good.
-        limit: Rows that are worth joining now; 1 for none.
+        settled: Rows that were found to be worth joining; 1 for none.
+        limit: Rows that may be joined now: `settled`, but for looks.
     """
 
-    __slots__ = ("_agreed", "_costs", "_counts", "_runs", "limit", "offered")
+    __slots__ = (
+        "_agreed", "_alone", "_batches", "_left", "_looking", "_pairs", "_ratios", "_seen", "_turn", "_wait",
+        "limit", "offered", "settled",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.offered = True
-        self.limit = 1
+        self.limit = self.settled = 1
         self._agreed = 0  # trials whose results agreed
-        self._costs = [0.0] * _SIZES  # seconds of a row in batches of 1, 2, 3 to 4, 5 to 8, ... rows
-        self._counts = [0] * _SIZES
-        self._runs = 0
+        self._seen = [0] * _SIZES  # runs by size
+        self._wait = WAIT
+        self._left = 0  # runs until the next look
+        self._begin()
 
     def record(self, rows: int, seconds: float) -> None:
-        """Learn from one run. Other work on the machine only ever adds to a figure, so the least counts."""
+        """Learn from one run, which took so many seconds of processor time."""
         size = min((rows - 1).bit_length(), _SIZES - 1)
-        cost, known = seconds / rows, self._costs[size]
-        self._costs[size] = min(cost, known * _DRIFT) if self._counts[size] else cost
-        self._counts[size] += 1
-        self._runs += 1
-        if self._runs % FORGET == 0:
-            for larger in range(self.limit.bit_length(), _SIZES):
-                self._counts[larger] = 0
-        self.limit = self._choose() if self.offered and self._runs % COMPARE else 1
+        self._seen[size] += 1
+        if not self.offered:
+            return
+        if not self._looking:
+            self._left -= 1
+            if self._left > 0:
+                return
+            self._begin()
+        self._note(size, seconds / rows)
+        self.limit = self._choose()
 
     def agree(self) -> None:
         """A trial whose requests differed gave the same results in both ways."""
@@ -83,27 +100,76 @@ class Profile:
 
     def refuse(self) -> None:
         """Never batch this model again."""
-        self.offered, self.limit = False, 1
+        self.offered, self.limit, self.settled = False, 1, 1
 
     def on_trial(self, rows: int) -> bool:
         """Whether a batch of so many rows needs to be compared with its requests alone."""
         size = min((rows - 1).bit_length(), _SIZES - 1)
-        return self._agreed < TRIALS or self._counts[size] < TRIALS
+        return self._agreed < TRIALS or self._seen[size] < TRIALS
+
+    def _begin(self) -> None:
+        """Begin a look."""
+        self._looking = True
+        self._batches = _BATCHES
+        self._turn = False  # whether a batch is next
+        self._alone: list[float] = []  # seconds of a row in the last runs alone
+        self._pairs: list[list[float]] = [[] for _ in range(_SIZES)]  # what a row costs, as a part of that
+        self._ratios: dict[int, float] = {}  # medians of those that are complete
+
+    def _note(self, size: int, cost: float) -> None:
+        if size == 0:
+            self._alone = [*self._alone[1 - NEAR :], cost]
+            self._turn = len(self._alone) == NEAR
+        elif len(self._alone) == NEAR:
+            self._batches -= 1
+            self._turn = False
+            pairs, alone = self._pairs[size], sorted(self._alone)[NEAR // 2]
+            if len(pairs) < PAIRS and alone > 0:
+                pairs.append(cost / alone)
+                if len(pairs) == PAIRS:
+                    pairs.sort()
+                    self._ratios[size] = pairs[PAIRS // 2]
 
     def _choose(self) -> int:
-        """The size whose rows cost least, or the next one to try unless the last two brought nothing."""
-        alone, best, best_size, useless = self._costs[0], self._costs[0], 0, 0
-        if self._counts[0] < TRIALS:
+        """Rows that may be joined next; ends the look where there is nothing more to learn."""
+        if not self._batches:
+            return self._settle()
+        if not self._turn:
             return 1
-        for size in range(1, _SIZES):
-            if (self._costs[size - 1] * 2**size) > MAX_SECONDS or useless == 2:
-                break
-            if self._counts[size] < TRIALS:
-                return 1 << size
-            if self._costs[size] < best:
-                best, best_size = self._costs[size], size
-            useless = 0 if best_size == size else useless + 1
-        return 1 << best_size if best <= GAIN * alone else 1
+        size = self._wanted()
+        return self._settle() if size == 0 else 1 << size
+
+    def _wanted(self) -> int:
+        """The size to look at next; 0 where the last two brought nothing, or the next would run too long."""
+        alone, best, useless = sorted(self._alone)[NEAR // 2], 1.0, 0
+        present = self.settled.bit_length() - 1
+        first, last = (max(1, present - 1), present + 1) if present else (1, _SIZES - 1)
+        for size in range(first, min(last, _SIZES - 1) + 1):
+            if alone * self._ratios.get(size - 1, 1.0) * 2**size > MAX_SECONDS or useless == 2:
+                return 0
+            if size not in self._ratios:
+                return size
+            useless = 0 if self._ratios[size] <= STEP * best else useless + 1
+            best = min(best, self._ratios[size])
+        return 0
+
+    def _settle(self) -> int:
+        """End a look."""
+        before, ratios = self.settled, self._ratios
+        paying = [size for size in ratios if self._pairs[size][PAIRS * 3 // 4 - 1] <= GAIN]
+        best = min(paying, key=ratios.__getitem__, default=0)
+        present = before.bit_length() - 1
+        if not present:
+            self.settled = 1 << best
+        elif present in ratios:
+            if best and ratios[best] <= BETTER * ratios[present]:
+                self.settled = 1 << best
+            elif ratios[present] > KEEP:
+                self.settled = 1
+        self._looking = False
+        self._left = WAIT if self.settled not in (1, before) else self._wait
+        self._wait = min(2 * self._wait, MAX_WAIT)
+        return self.settled
 
 
 def can_batch(model: Model) -> bool:

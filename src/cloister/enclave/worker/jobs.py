@@ -158,13 +158,14 @@ class Lane:
 class Place:
     """A request's place in the worker, from its authorization to its answer; a context manager."""
 
-    __slots__ = ("_leave", "job", "revoked", "user")
+    __slots__ = ("_leave", "abandoned", "job", "revoked", "user")
 
     def __init__(self, leave: Callable[[Place], None], user: bytes) -> None:
         self._leave = leave
         self.user: Final = user
         self.job: Job | None = None
-        self.revoked = False  # given to another user
+        self.revoked = False  # taken back: given to another user, or nobody waits any more
+        self.abandoned = False  # because nobody waits any more
 
     def __enter__(self) -> Place:
         return self

@@ -95,7 +95,7 @@ class Worker:
     def health(self) -> Answer:
         """What the host may know: whether requests can be served, what is in the way, when each step ended.
 
-        The steps are those of joining, in monotonic seconds of the machine.
+        The steps are those of joining, in monotonic seconds of the machine; the first is the process's start.
         """
         ready = self.membership.active
         body = json.dumps(
@@ -119,10 +119,9 @@ async def serve(
     worker = Worker(membership, models)
     with Scheduler(threads=settings["threads"], queue=settings["queue"]) as scheduler:
         routes = WorkerRoutes(membership, models, clock, scheduler, refresh=worker.refresh)
-        worker.server = EnclaveServer(routes, renew=worker.refresh)
-        front = await serve_front(
-            worker.server.handle, unix=socket, gets={b"/healthz": worker.health}, limits=LIMITS
-        )
+        worker.server = EnclaveServer(routes, renew=worker.refresh, encrypted=routes.ladder.encrypted)
+        gets = {b"/healthz": worker.health, b"/stages": routes.ladder.answer}
+        front = await serve_front(worker.server.handle, unix=socket, gets=gets, limits=LIMITS)
         try:
             await worker.keep(stop)
         finally:

@@ -36,6 +36,7 @@ from cloister.core.verifier.result import CollateralMemory
 from cloister.enclave.attester import Attester
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.link import HostLink
+from cloister.enclave.worker.stages import process_started
 from cloister.errors import BindingRefused, LeaseExpired, Rollback, UsageError
 
 
@@ -88,6 +89,8 @@ class Membership:
         self.models: dict[str, LiveModel] = {}
         self.head: TreeHead | None = None
         self.steps: dict[str, float] = {"began": time.monotonic()}  # when each step of joining ended
+        if (started := process_started()) is not None:
+            self.steps["started"] = min(started, self.steps["began"])
         self._collateral: Final = CollateralMemory()
         self._key_service: Final = configuration.key_service
         self._configuration: Final = configuration

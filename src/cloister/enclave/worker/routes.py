@@ -41,6 +41,7 @@ from cloister.enclave.worker.models import LoadedModel, ModelCache, slot_name
 from cloister.enclave.worker.replay import ReplayGuard
 from cloister.enclave.worker.repository import RepositoryRoutes
 from cloister.enclave.worker.scheduler import Scheduler
+from cloister.enclave.worker.stages import Ladder, Times, Waits
 from cloister.errors import (
     AccessRefused,
     InvalidRequest,
@@ -81,6 +82,7 @@ class WorkerRoutes:
         self._refresh = refresh
         self._waiting = 0  # requests that wait for a renewal
         self._replays = ReplayGuard()
+        self.ladder: Final = Ladder(membership.steps)
         self._repository = RepositoryRoutes(
             membership,
             models,
@@ -107,17 +109,24 @@ class WorkerRoutes:
         model, action = model_route(path)
         if (method, action) not in ((b"POST", b"infer"), (b"GET", b""), (b"GET", b"ready")):
             raise route_not_found(request)
-        live, signed = await self._authorize(request, model)
-        with self._scheduler.enter(signed.user) as place:  # after the grant: strangers can't take places
+        waits = Waits()
+        live, signed = await self._authorize(request, model, waits)
+        # After the grant: strangers can't take places.
+        with self._scheduler.enter(signed.user, request.body) as place:
             self._membership.spend()  # after the place: what is refused for load costs nothing of the lease
             if action == b"ready":
                 return json_response({"name": model, "ready": True})
+            there, began = self._models.holds(slot_name(live.statement)), time.monotonic()
             async with self._models.use(live) as (loaded, fresh):
+                if fresh:
+                    waits.open, waits.build = loaded.open_seconds, loaded.build_seconds
+                elif not there:
+                    waits.wait = time.monotonic() - began
                 self._require_live(model, live)  # the host may have made the load last
                 if action == b"":
                     return json_response(model_metadata(model, loaded))
-                asked = _Asked(request=request, live=live, signed=signed, place=place)
-                return await self._infer(asked, loaded, fresh=fresh)
+                asked = _Asked(request=request, live=live, signed=signed, place=place, waits=waits)
+                return await self._infer(asked, loaded)
 
     def _require_live(self, model: str, live: LiveModel) -> None:
         """Refuse a request whose statement was replaced, or whose lease ran out, since it was authorized."""
@@ -127,13 +136,15 @@ class WorkerRoutes:
         if not self._membership.active:
             raise lease_expired()
 
-    async def _authorize(self, request: InnerRequest, model: str) -> tuple[LiveModel, RequestAuthorization]:
+    async def _authorize(
+        self, request: InnerRequest, model: str, waits: Waits
+    ) -> tuple[LiveModel, RequestAuthorization]:
         membership = self._membership
         if not membership.active:
-            await self._wait_for_renewal()
+            await self._wait_for_renewal(waits)
         now = self._clock.now()
         authorization = verify_request(membership, request, model, now=now)  # step 1
-        live = await self._current(model, authorization.statement)  # step 2
+        live = await self._current(model, authorization.statement, waits)  # step 2
         if (later := self._clock.now()) > now:  # the host may have made the renewal last
             authorization, now = verify_request(membership, request, model, now=later), later
         live.statement.require_grant(authorization.user, now)
@@ -146,11 +157,11 @@ class WorkerRoutes:
         )
         return live, authorization
 
-    async def _current(self, model: str, accepted: bytes) -> LiveModel:
+    async def _current(self, model: str, accepted: bytes, waits: Waits | None = None) -> LiveModel:
         """The model under the statement that the user accepted; asks the key service where they differ."""
         live = self._membership.models.get(model)
         if live is None or live.digest != accepted:
-            await self._wait_for_renewal()
+            await self._wait_for_renewal(waits or Waits())
             live = self._membership.models.get(model)
         if live is None:
             raise NotFound(
@@ -164,7 +175,7 @@ class WorkerRoutes:
             raise _superseded(live, accepted)
         return live
 
-    async def _wait_for_renewal(self) -> None:
+    async def _wait_for_renewal(self, waits: Waits) -> None:
         """Anyone's request may lead here, so only a few wait at once; raises Overloaded for the others."""
         if self._waiting >= MAX_WAITING:
             raise Overloaded(
@@ -173,15 +184,18 @@ class WorkerRoutes:
                 actual=self._waiting,
             )
         self._waiting += 1
+        began = time.monotonic()
         try:
             await self._refresh()
         finally:
             self._waiting -= 1
+            waits.release += time.monotonic() - began
 
-    async def _infer(self, asked: _Asked, loaded: LoadedModel, *, fresh: bool) -> bhttp.Response:
+    async def _infer(self, asked: _Asked, loaded: LoadedModel) -> bhttp.Response:
         request, http = asked.request, asked.request.http
         inference = oip.decode_request(memoryview(http.content), http.field(oip.HEADER_LENGTH))
         outcome = await self._run(asked, loaded, inference)  # steps 5, 6
+        ran = time.monotonic()
         try:
             header, buffers = oip.encode_response(  # step 7
                 asked.live.statement.model,
@@ -193,17 +207,17 @@ class WorkerRoutes:
             content = bytearray().join((header, *buffers))  # unlike bytes, it can be wiped
         finally:
             wipe_arrays(outcome.outputs)
-        stages = {
-            "decrypt": request.opened - request.arrived,
-            "open": loaded.open_seconds if fresh else 0.0,
-            "build": loaded.build_seconds if fresh else 0.0,
-            "queue": outcome.queue_seconds,
-            "run": outcome.run_seconds,
-            "enclave": time.monotonic() - request.arrived,
-        }
-        timing = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in stages.items())
-        timing += f", batch;desc={outcome.batch}"
-        fields = [(b"content-type", BINARY if buffers else JSON), (TIMING, timing.encode())]
+        ended = time.monotonic()
+        times = Times(
+            decrypt=request.opened - request.arrived,
+            queue=outcome.queue_seconds,
+            run=outcome.run_seconds,
+            encode=ended - ran,
+            enclave=ended - request.arrived,
+            batch=outcome.batch,
+        )
+        timing = self.ladder.answered(asked.waits, times)
+        fields = [(b"content-type", BINARY if buffers else JSON), (TIMING, timing)]
         if buffers:
             fields.append((oip.HEADER_LENGTH, b"%d" % len(header)))
         return bhttp.Response(status=200, fields=tuple(fields), content=content)
@@ -224,12 +238,13 @@ class WorkerRoutes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """An authorized request: what it says, under which statement, by whom signed, and its place."""
+    """An authorized request: what it says, under which statement, by whom signed, its place and waits."""
 
     request: InnerRequest
     live: LiveModel
     signed: RequestAuthorization
     place: Place
+    waits: Waits
 
 
 def _checked(inference: oip.InferenceRequest, loaded: LoadedModel) -> dict[str, oip.Array]:

@@ -2,6 +2,8 @@
 
 - **Places.** A request takes a place when it is authorized and keeps it until it is answered. Where all are
   taken, a user who holds fewer than another gets the newest one of that other's which isn't running yet.
+- **Leaving.** Where the connection of a request is lost, it leaves the queue and gives its place back at
+  once. One that runs goes on to its end, and what comes of it is dropped.
 - **Turns.** Each user's requests wait in a line, and lines take turns, over all models: one request of each.
 - **Threads.** A thread that has finished takes the next requests by itself, so the event loop isn't between
   two runs. Each takes one request, or a batch of what waits already (`batching`); nothing waits for company.
@@ -20,7 +22,8 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
@@ -29,6 +32,7 @@ from cloister.enclave.worker import batching
 from cloister.enclave.worker.batching import wipe_arrays
 from cloister.enclave.worker.jobs import Call, Job, Lane, Outcome, Place, Places, State, Turns
 from cloister.errors import DeadlineExceeded, Overloaded
+from cloister.net.body import Body
 
 MAX_LANES: Final = 4096  # models that are remembered, with what is known of their batches
 logger: Final = logging.getLogger(__name__)
@@ -40,10 +44,14 @@ class Scheduler:
     Args:
         threads: How many; they are started when they are needed.
         queue: Requests that may have a place at once.
+        processor: Seconds of processor time of the thread that asks: what others take doesn't count.
     """
 
-    def __init__(self, *, threads: int, queue: int) -> None:
+    def __init__(
+        self, *, threads: int, queue: int, processor: Callable[[], float] = time.thread_time
+    ) -> None:
         self._wanted = threads
+        self._processor = processor
         self._threads: list[threading.Thread] = []
         self._wake: SimpleQueue[bool] = SimpleQueue()  # an executor's futures would cost more than all else
         self._places = Places(queue)
@@ -71,12 +79,19 @@ class Scheduler:
         """Places that are taken."""
         return self._places.taken
 
-    def enter(self, user: bytes) -> Place:
+    def enter(self, user: bytes, body: Body | None = None) -> Place:
         """Take a place for one request of this user.
+
+        Args:
+            user: Who asks.
+            body: The request's; when it is abandoned, `leave` is called.
 
         Raises:
             Overloaded: none is free, and no other user holds more than this one would.
+            CancelledError: nobody waits for the answer.
         """
+        if body is not None and body.abandoned:
+            raise asyncio.CancelledError
         places = self._places
         while places.taken >= places.capacity:
             if (rival := places.rival(user)) is None:
@@ -87,12 +102,23 @@ class Scheduler:
                     actual=places.taken,
                 )
             if self._withdraw(rival):
-                places.remove(rival)
+                job = rival.job
+                if job is not None:
+                    _refuse(job, _revoked())
             else:
                 places.keep(rival)
         place = Place(self._leave, user)
         places.add(place)
+        if body is not None:
+            body.when_abandoned(partial(self.leave, place))
         return place
+
+    def leave(self, place: Place) -> None:
+        """Nobody waits for the answer any more: give the place back, unless the request runs already."""
+        if not place.revoked and self._withdraw(place):
+            place.abandoned = True
+            if place.job is not None:
+                place.job.future.cancel()
 
     async def run(self, place: Place, call: Call) -> Outcome:
         """Run a call in a thread when it is its turn; once for each place.
@@ -101,7 +127,10 @@ class Scheduler:
             Overloaded: its place went to another user before it ran.
             DeadlineExceeded: it didn't begin in time, and never runs. Raised when the time is over.
             InvalidRequest: the model fails on this input.
+            CancelledError: nobody waits for the answer, and it didn't run.
         """
+        if place.abandoned:
+            raise asyncio.CancelledError
         if place.revoked:
             raise _revoked()
         loop = asyncio.get_running_loop()
@@ -146,12 +175,10 @@ class Scheduler:
 
     def _withdraw(self, place: Place) -> bool:
         """Take a place back, unless its request runs already."""
-        job = place.job
-        if job is not None:
-            if not self._unqueue(job):
-                return False
-            _refuse(job, _revoked())
+        if place.job is not None and not self._unqueue(place.job):
+            return False
         place.revoked = True
+        self._places.remove(place)
         return True
 
     def _expire(self, job: Job) -> None:
@@ -309,7 +336,7 @@ class Scheduler:
         if job.started > call.deadline:
             job.error = _too_late()
             return
-        began = time.thread_time() if job.group is not None else 0.0
+        began = self._processor() if job.group is not None else 0.0
         try:
             job.outputs = call.model.run(call.inputs, call.outputs)
         except Exception as error:
@@ -320,7 +347,7 @@ class Scheduler:
         job.ended = time.monotonic()
 
     def _learn(self, lane: Lane, rows: int, began: float) -> None:
-        seconds = time.thread_time() - began  # of this thread: others that compete for a core don't count
+        seconds = self._processor() - began
         with self._lock:
             lane.profile.record(rows, seconds)
 
@@ -331,7 +358,7 @@ class Scheduler:
             return
         lane, call = jobs[0].lane, jobs[0].call
         rows = [job.rows for job in jobs]
-        began, started = time.thread_time(), time.monotonic()
+        began, started = self._processor(), time.monotonic()
         joined = batching.join([job.call.inputs for job in jobs])
         try:
             parts = batching.part(call.model.run(joined, call.outputs), rows)
@@ -385,7 +412,7 @@ class Scheduler:
 
     def _compare(self, jobs: list[Job], joined: dict[str, Array], alone: list[dict[str, Array]]) -> None:
         lane, call, rows = jobs[0].lane, jobs[0].call, [job.rows for job in jobs]
-        began = time.thread_time()
+        began = self._processor()
         try:
             outputs = call.model.run(joined, call.outputs)
         except Exception:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from cloister.core.protocol.stages import Figures
 from cloister.errors import CloisterError, FormatError
 from cloister.host.asgi import http_problem, read_body
 from cloister.host.gateway.document import DocumentCache
@@ -23,7 +25,7 @@ from cloister.host.problems import problem_response, status_of
 from cloister.host.store.app import blob_routes
 from cloister.host.store.blobs import BlobStore
 from cloister.net.body import Body
-from cloister.net.front import Head, Limits
+from cloister.net.front import Answer, Head, Limits
 
 _MAX_ADMIN_BODY: Final = 4096  # bytes
 
@@ -72,7 +74,7 @@ def public_app(
             body = await read_body(request, limits.max_body)
             fields = {name.lower(): value for name, value in request.headers.raw}
             head = Head(method=b"POST", target=b"/ohttp", fields=fields, length=length)
-            answer = await forwarder.handle(head, Body.of(body))
+            answer = await _unless_gone(request, forwarder.handle(head, Body.of(body)))
         finally:
             held -= length
         headers = {name.decode(): value.decode("latin-1") for name, value in answer.fields}
@@ -89,12 +91,15 @@ def public_app(
     return _app(routes)
 
 
-def admin_app(*, registry: Registry, clock: Callable[[], float]) -> Starlette:
+def admin_app(*, registry: Registry, metrics: Metrics, clock: Callable[[], float]) -> Starlette:
     """What launchers use. It listens on a Unix socket that only the operator can reach."""
 
     async def put(request: Request) -> Response:
         raw = await read_body(request, _MAX_ADMIN_BODY)
-        registry.register(_worker(request.path_params["id"], raw), clock())
+        worker, figures = _worker(request.path_params["id"], raw)
+        registry.register(worker, clock())
+        if figures is not None:
+            metrics.take(worker.id, worker.pool, figures)
         return Response(status_code=204)
 
     async def delete(request: Request) -> Response:
@@ -130,19 +135,35 @@ def _app(routes: list[Route]) -> Starlette:
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """What comes of work for a client; it is cancelled where the client goes away, who reads no answer."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return Answer(status=499)
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+
+
 async def _refusal(request: Request, error: Exception) -> Response:
     status = status_of(error) if isinstance(error, CloisterError) else 500
     headers = {"retry-after": "1"} if status == 503 else None
     return problem_response(status, getattr(error, "code", "internal"), headers)
 
 
-def _worker(worker_id: str, raw: bytes) -> Worker:
+def _worker(worker_id: str, raw: bytes) -> tuple[Worker, Figures | None]:
+    """A registration, and what the worker tells of its stages, where it does."""
     try:
         value: Any = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError("not JSON", code="gateway.worker") from error
+    told = value.pop("stages", None) if isinstance(value, dict) else None
     match value:
         case {"pool": str(pool), "socket": str(socket), **rest} if not rest and "\0" not in socket:
-            return Worker(id=worker_id, pool=pool, socket=Path(socket))
+            worker = Worker(id=worker_id, pool=pool, socket=Path(socket))
+            return worker, None if told is None else Figures.from_data(told)
         case _:
             raise FormatError("not a worker", code="gateway.worker", expected='{"pool": ..., "socket": ...}')

@@ -6,6 +6,7 @@ never sends them again: a worker may have executed it, and only the client can t
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,9 @@ class Forwarder:
             outcome = error.code
             status = _STATUS.get(error.code) or status_of(error)
             answer = problem(status, error.code, retry_after=1 if status == 503 else 0)
+        except asyncio.CancelledError:
+            self._metrics.observe(pool, "gone", time.monotonic() - start, body.received, 0)
+            raise
         seconds = time.monotonic() - start
         self._metrics.observe(pool, outcome, seconds, len(body), len(answer.body))
         return answer

@@ -94,7 +94,7 @@ class Gateway:
         )
         self._forwarder = forwarder
         documents = DocumentCache(self.registry, forwarder, clock=self._clock)
-        admin = admin_app(registry=self.registry, clock=self._clock)
+        admin = admin_app(registry=self.registry, metrics=self.metrics, clock=self._clock)
         public = public_app(
             registry=self.registry,
             forwarder=forwarder,
@@ -117,6 +117,7 @@ class Gateway:
             limits=self._limits,
             other=protocols(public),
             tap=self._capture,
+            cancel=True,  # which closes the connection to the worker, and so takes it out of its queue
         )
         listening(front)
         self.port = front.port

@@ -60,6 +60,7 @@ class Launcher:
     Attributes:
         role: Its role.
         restarts: How often it was started again after a crash.
+        start_seconds: How long the last start took, until the enclave answered.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Launcher:
         self._ready = asyncio.Event()
         self.role = role
         self.restarts = 0
+        self.start_seconds = 0.0
 
     @property
     def socket(self) -> Path:
@@ -189,6 +191,7 @@ class Launcher:
 
     async def _launch(self) -> None:
         """Start the enclave and wait until it answers; one that doesn't is ended."""
+        began = time.monotonic()
         self._file(ENCLAVE_SOCKET).unlink(missing_ok=True)
         run_dir = self._file(CONFIGURATION).parent
         self._process = process = await self._platform.launch(
@@ -199,6 +202,7 @@ class Launcher:
         except BaseException:
             await self._end_process()
             raise
+        self.start_seconds = time.monotonic() - began
         await self._beat()
         self._ready.set()
 

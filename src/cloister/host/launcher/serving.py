@@ -1,18 +1,23 @@
-"""Serves the host link on its Unix socket, and asks an enclave on its own whether it is ready."""
+"""Serves the host link on its Unix socket; asks an enclave whether it is ready, and what its stages took."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
 
-from cloister.errors import Unavailable
+from cloister.core.protocol.stages import Figures
+from cloister.errors import CloisterError, Unavailable
+from cloister.net.link import Peer, Upstream
+from cloister.net.messages import Limits
 
 PROBE_TIMEOUT: Final = 2.0  # seconds
+MAX_FIGURES: Final = 16 << 10  # bytes
 DRAIN_TIMEOUT: Final = 2  # seconds that a request in progress gets when the link stops
 _PROBE: Final = b"GET /healthz HTTP/1.1\r\nHost: enclave\r\nConnection: close\r\n\r\n"
 
@@ -95,3 +100,15 @@ async def answers(path: Path) -> bool:
                 await writer.wait_closed()
     parts = line.split()
     return len(parts) >= 2 and parts[0].startswith(b"HTTP/1.") and parts[1] == b"200"
+
+
+async def figures(path: Path) -> Figures | None:
+    """What the enclave that listens at ``path`` tells of its stages (``GET /stages``); None for nothing."""
+    enclave = Upstream(Peer(unix=path), limits=Limits(max_body=MAX_FIGURES))
+    try:
+        answer = await enclave.request(b"GET", b"/stages", timeout=PROBE_TIMEOUT)
+        return Figures.from_data(json.loads(bytes(answer.body))) if answer.status == 200 else None
+    except (CloisterError, ValueError, RecursionError):
+        return None
+    finally:
+        await enclave.aclose()
