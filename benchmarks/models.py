@@ -10,6 +10,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from cloister.enclave.worker.loading import PREPACK_LIMIT
+from cloister.owner.model import load_model
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 EXAMPLES: Final = Path(__file__).resolve().parents[1] / "examples" / "models"
@@ -68,12 +71,26 @@ def convolutions() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
 
 
-def bare_session(model: Path) -> ort.InferenceSession:
+def bare_session(model: Path, *, prepacking: bool = True) -> ort.InferenceSession:
     """Plain ONNX Runtime with the worker's options: one thread inside operators and between them."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
+    if not prepacking:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def answer(model: Path, inputs: dict[str, Array]) -> dict[str, Array]:
+    """What a worker must answer, to the bit.
+
+    Workers run models of `PREPACK_LIMIT` or more without prepacking, whose kernels round differently: plain
+    ONNX Runtime without it is then what to compare with.
+    """
+    prepacking = len(load_model(model).weights) < PREPACK_LIMIT
+    session = bare_session(model, prepacking=prepacking)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
 def sample(session: ort.InferenceSession) -> dict[str, Array]:

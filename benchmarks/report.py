@@ -70,9 +70,9 @@ class Report:
             console.print(shown)
         print(json.dumps(self.to_dict()), flush=True)
 
-    def to_markdown(self, title: str, command: str) -> str:
-        """A section of ``docs/benchmarks.md``, with the command that made it."""
-        parts = [f"## {title}\n\n`{command}`"]
+    def to_markdown(self, title: str, command: str, note: str = "") -> str:
+        """A section of ``docs/benchmarks.md``, with the command that made it and a note on that."""
+        parts = [f"## {title}\n\n`{command}`{note}"]
         if self.setting:
             parts.append(self.setting)
         parts += [f"{each.title}:\n\n{_markdown(each)}" for each in self.tables]

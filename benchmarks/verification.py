@@ -21,15 +21,18 @@ from benchmarks.report import Report, Rows, Samples
 from cloister import TrustAnchors, verify_evidence
 from cloister.core.evidence import pck
 from cloister.core.evidence.bundle import Collateral, Evidence
-from cloister.core.verifier import chain, qe, tcb
+from cloister.core.verifier import certificates, chain, qe, tcb
 from cloister.sim import tees
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.measurement import measure
 
 _CACHES: Final = (
-    chain.load_certificate,
-    chain.load_chain,
-    chain.load_crl,
+    certificates.load_certificate,
+    certificates.load_chain,
+    certificates.load_crl,
+    chain._issued,
+    chain._listed,
+    chain._signed,
     pck._parse,
     tcb._parse,
     qe._parse,

@@ -32,7 +32,7 @@ from cloister.core.sealing import Section, seal
 from cloister.core.sealing.records import seal_record
 from cloister.core.secret import Secret
 from cloister.core.verifier import TrustAnchors
-from cloister.core.verifier.chain import AMD, DCAP, NITRO, load_certificate, read_pem
+from cloister.core.verifier.certificates import AMD, DCAP, NITRO, load_certificate, read_pem
 from cloister.errors import EvidenceRefused
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.nitro import SimulatedNitro

@@ -28,7 +28,7 @@ from cloister.core.sealing import SealedHeader, header_size, read_sections
 from cloister.core.sealing.records import open_record
 from cloister.core.verifier import TrustAnchors, verify
 from cloister.core.verifier.appraisal import AppraisalPolicy
-from cloister.core.verifier.chain import load_certificate, load_chain, load_crl
+from cloister.core.verifier.certificates import load_certificate, load_chain, load_crl
 from cloister.core.verifier.collateral_key import DcapKey
 from cloister.core.verifier.qe import QeIdentity
 from cloister.core.verifier.tcb import TcbInfo
@@ -303,19 +303,19 @@ TARGETS: Final = MappingProxyType(
                 parse=partial(_profiled, load_certificate),
                 seeds=seeds.certificates,
                 most=5000,
-                covers=("verifier.chain.load_certificate",),
+                covers=("verifier.certificates.load_certificate",),
             ),
             Target(
                 name="chain",
                 parse=partial(_profiled, load_chain),
                 seeds=seeds.chains,
-                covers=("verifier.chain.load_chain", "verifier.chain.read_pem"),
+                covers=("verifier.certificates.load_chain", "verifier.certificates.read_pem"),
             ),
             Target(
                 name="revocation-list",
                 parse=partial(_profiled, load_crl),
                 seeds=seeds.revocation_lists,
-                covers=("verifier.chain.load_crl",),
+                covers=("verifier.certificates.load_crl",),
             ),
             Target(
                 name="tcb-info",

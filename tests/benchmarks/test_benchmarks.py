@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.__main__ import BENCHMARKS, PUBLISHED, command  # noqa: E402
+from benchmarks.__main__ import BENCHMARKS, PUBLISHED, command, publish  # noqa: E402
 from benchmarks.models import IMAGE, bare_session, locate, sample  # noqa: E402
 from benchmarks.report import Report, Rows, percentile, rounded  # noqa: E402
 
-from benchmarks import overhead, zoo  # noqa: E402
+from benchmarks import __main__ as main  # noqa: E402
+from benchmarks import models, overhead, zoo  # noqa: E402
 
 SHORT = {
     "overhead": ("--model", "digits", "--runs", "3"),
@@ -151,14 +154,66 @@ def test_a_model_of_the_zoo_has_its_bar(monkeypatch: pytest.MonkeyPatch) -> None
     assert "NOT met" in found.tables[0].rows[0][-1]
 
 
+def test_a_large_model_is_compared_with_a_run_without_prepacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers don't prepack these either; with it, the last bits of the answer may differ."""
+    asked: list[bool] = []
+    plain = models.bare_session
+
+    def spy(model: Path, *, prepacking: bool = True) -> Any:
+        asked.append(prepacking)
+        return plain(model, prepacking=prepacking)
+
+    monkeypatch.setattr(models, "bare_session", spy)
+    path = locate("digits", Path())
+    inputs = sample(plain(path))
+    (given,) = models.answer(path, inputs).values()
+    monkeypatch.setattr(models, "PREPACK_LIMIT", 1)
+    (other,) = models.answer(path, inputs).values()
+    assert asked == [True, False]
+    assert other == pytest.approx(given, abs=1e-5)
+
+
 def test_every_benchmark_is_tested_and_published() -> None:
     assert BENCHMARKS.keys() == SHORT.keys() == {name for name, *_ in PUBLISHED}
 
 
-def test_an_unknown_benchmark_is_wrong_usage() -> None:
-    done = bench("nonesuch")
+@pytest.mark.parametrize("arguments", [("nonesuch",), ("--publish", "overhead", "nonesuch")])
+def test_an_unknown_benchmark_is_wrong_usage(arguments: tuple[str, ...]) -> None:
+    done = bench(*arguments)
     assert done.returncode == 2
     assert "nonesuch" in done.stderr
+
+
+def test_the_help_names_every_benchmark() -> None:
+    done = bench("--help")
+    assert done.returncode == 0
+    assert all(f"\n{name} " in done.stdout for name in BENCHMARKS)
+    assert "--publish NAME" in done.stdout
+
+
+def fake(name: str, arguments: Sequence[str]) -> Report:
+    if name == "ladder":
+        raise SystemExit("no such luck")
+    table = Rows(title="T", columns=("a",), rows=((" ".join(arguments),),))
+    return Report(benchmark=name, runs=1, figures={}, tables=(table,))
+
+
+def test_one_command_writes_the_document_and_another_a_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "measure", fake)
+    document = tmp_path / "docs" / "benchmarks.md"
+    with pytest.raises(SystemExit):  # what was measured before a failure is kept
+        publish(tuple(BENCHMARKS), document)
+    text = document.read_text()
+    assert text.count("\n## ") == [name for name, *_ in PUBLISHED].index("ladder")
+    assert re.search(r"^`make bench BENCH=flood` \(\d{4}-\d\d-\d\d, 0\.0 min\)$", text, re.MULTILINE)
+    assert publish(("sealing",), document) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]["benchmark"] == "sealing"
+    more = document.read_text()
+    assert more.removesuffix(more[more.index("\n## sealing") :]) == text
+    assert publish(("overhead",), document) == 0
+    assert document.read_text() == more
 
 
 def test_the_synthetic_model_takes_the_input_that_the_design_speaks_of(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cloister.core.evidence.bundle import MAX_COLLATERAL_JSON, AmdCollateral, Collateral
 from cloister.core.evidence.snp_table import CertificateTable
-from cloister.core.verifier.chain import AMD, load_chain
+from cloister.core.verifier.certificates import AMD, load_chain
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.enclave.attester.stapled import StapledCollateral
 from cloister.errors import EvidenceError, FormatError, Unavailable, UsageError

@@ -15,7 +15,7 @@ from cloister.core.evidence.dcap import MAX_QUOTE, Header, Quote, QuoteSignature
 from cloister.core.evidence.pck import EXTENSION_OID, PckExtension
 from cloister.core.evidence.sgx import SgxReportBody
 from cloister.core.evidence.tdx import TdReport, TdReport15
-from cloister.core.verifier.chain import load_certificate, load_chain, load_crl
+from cloister.core.verifier.certificates import load_certificate, load_chain, load_crl
 from cloister.core.verifier.qe import QeIdentity
 from cloister.core.verifier.tcb import TcbInfo
 from cloister.errors import EvidenceError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cloister.core import encoding
 from cloister.core.evidence.nitro import FIELDS, MAX_CABUNDLE, MAX_DOCUMENT, REQUIRED, NitroDocument
-from cloister.core.verifier.chain import NITRO
+from cloister.core.verifier.certificates import NITRO
 from cloister.errors import EvidenceError, FormatError
 from cloister.sim.nitro import SimulatedNitro
 

@@ -20,7 +20,7 @@ from cloister.core.evidence.snp_table import (
     TableEntry,
     make_collateral,
 )
-from cloister.core.verifier.chain import read_pem
+from cloister.core.verifier.certificates import read_pem
 from cloister.errors import EvidenceError
 
 VECTOR = (

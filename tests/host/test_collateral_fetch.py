@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cloister.core.evidence.pem import to_pem
 from cloister.core.evidence.snp import SnpTcb
-from cloister.core.verifier.chain import AMD, load_chain, load_crl
+from cloister.core.verifier.certificates import AMD, load_chain, load_crl
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey
 from cloister.errors import CloisterError, EvidenceRefused, FormatError, NotFound, Unavailable, UsageError
 from cloister.host.collateral import Service, fetch_dcap, fetch_snp, fetch_snp_crl

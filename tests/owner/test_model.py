@@ -11,8 +11,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cloister.core.model import TensorSpec
 from cloister.errors import UsageError
-from cloister.owner.model import SplitModel, TensorSpec, load_model
+from cloister.owner.model import SplitModel, load_model
 
 RANDOM = np.random.default_rng(1)
 X = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32])

@@ -27,7 +27,7 @@ from cloister.core.evidence.pem import to_pem
 from cloister.core.evidence.snp_table import MAX_TABLE, CertificateTable
 from cloister.core.verifier import TrustAnchors, verify
 from cloister.core.verifier.anchors import split_certificates
-from cloister.core.verifier.chain import AMD, load_chain, read_pem
+from cloister.core.verifier.certificates import AMD, load_chain, read_pem
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.errors import CloisterError, EvidenceError, UsageError
 from cloister.host.collateral import CollateralFolder

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cloister.core.evidence import Evidence
 from cloister.core.evidence.dcap import Quote
 from cloister.core.verifier import TrustAnchors, dcap, verify
-from cloister.core.verifier.chain import load_chain
+from cloister.core.verifier.certificates import load_chain
 from cloister.core.verifier.tcb import TcbInfo
 from cloister.errors import EvidenceError, UsageError
 from cloister.sim.authority import FMSPC, FOLDER, SimulatedAuthority

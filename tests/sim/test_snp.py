@@ -15,7 +15,7 @@ from cloister.core.evidence import Evidence
 from cloister.core.evidence.snp import PRODUCTS, SnpReport
 from cloister.core.evidence.snp_table import CertificateTable
 from cloister.core.verifier import TrustAnchors
-from cloister.core.verifier.chain import AMD, load_chain
+from cloister.core.verifier.certificates import AMD, load_chain
 from cloister.core.verifier.snp import verify
 from cloister.errors import EvidenceError, UsageError
 from cloister.sim.snp import ROLES, SimulatedAmd, SnpFlaws

@@ -9,7 +9,7 @@ from typing import Final
 from cloister.core.evidence import Evidence
 from cloister.core.evidence.bundle import AmdCollateral, Collateral
 from cloister.core.verifier import TrustAnchors, dcap, nitro, snp
-from cloister.core.verifier.chain import AMD, load_chain
+from cloister.core.verifier.certificates import AMD, load_chain
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.core.verifier.result import VerifiedEvidence
 from cloister.errors import CloisterError

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from cloister.core.evidence.bundle import AmdCollateral, Collateral
 from cloister.core.evidence.pem import to_pem
-from cloister.core.verifier.chain import AMD, load_chain
+from cloister.core.verifier.certificates import AMD, load_chain
 from cloister.sim.authority import SimulatedAuthority
 from cloister.sim.snp import SimulatedAmd
 

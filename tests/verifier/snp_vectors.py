@@ -13,7 +13,7 @@ import cbor2
 from cloister.core.evidence import Evidence
 from cloister.core.evidence.bundle import AmdCollateral
 from cloister.core.evidence.snp_table import CertificateTable, make_collateral
-from cloister.core.verifier.chain import read_pem
+from cloister.core.verifier.certificates import read_pem
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "vectors" / "snp"
 # 2025-06-15T12:00:00Z lies in the validity of every real certificate and of both revocation lists.

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister.core import encoding
 from cloister.core.verifier import TrustAnchors
-from cloister.core.verifier.chain import AMD, load_certificate, verify_chain
+from cloister.core.verifier.certificates import AMD, load_certificate
+from cloister.core.verifier.chain import verify_chain
 from cloister.core.verifier.roots import amd, aws, intel
 from cloister.core.verifier.roots.amd_intermediates import INTERMEDIATES
 from cloister.errors import UsageError

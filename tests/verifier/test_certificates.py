@@ -17,7 +17,7 @@ from cloister.core.evidence.pem import to_pem
 from cloister.core.times import time_text
 from cloister.core.verifier import TrustAnchors
 from cloister.core.verifier.anchors import MAX_ROOTS
-from cloister.core.verifier.chain import (
+from cloister.core.verifier.certificates import (
     AMD,
     MAX_CERTIFICATE,
     MAX_PEM,
@@ -25,10 +25,8 @@ from cloister.core.verifier.chain import (
     load_chain,
     load_crl,
     parse_certificate,
-    require_signed_by,
-    verify_chain,
-    verify_crl,
 )
+from cloister.core.verifier.chain import require_signed_by, verify_chain, verify_crl
 from cloister.errors import EvidenceError, EvidenceRefused, UsageError
 from cloister.sim import pki, snp_pki
 from cloister.sim.pki import raw_sign

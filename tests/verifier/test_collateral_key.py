@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cloister.core.evidence.dcap import Quote
 from cloister.core.evidence.pem import to_pem
-from cloister.core.verifier.chain import load_chain
+from cloister.core.verifier.certificates import load_chain
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.errors import EvidenceError
 from cloister.sim.authority import FMSPC, SimulatedAuthority

@@ -18,7 +18,8 @@ from cloister.core.evidence import Evidence
 from cloister.core.evidence.snp import SnpReport
 from cloister.core.evidence.snp_table import make_collateral
 from cloister.core.verifier import TrustAnchors
-from cloister.core.verifier.chain import AMD, load_certificate, load_crl, require_not_revoked, verify_crl
+from cloister.core.verifier.certificates import AMD, load_certificate, load_crl
+from cloister.core.verifier.chain import require_not_revoked, verify_crl
 from cloister.core.verifier.roots import amd
 from cloister.core.verifier.snp import verify
 from cloister.errors import EvidenceError, EvidenceRefused

@@ -17,7 +17,8 @@ from cloister.core.evidence.dcap import Quote
 from cloister.core.secret import Secret
 from cloister.core.times import time_text
 from cloister.core.verifier import TrustAnchors, verify
-from cloister.core.verifier.chain import load_chain, verify_chain
+from cloister.core.verifier.certificates import load_chain
+from cloister.core.verifier.chain import verify_chain
 from cloister.core.verifier.tcb import merge_status
 from cloister.errors import EvidenceError, EvidenceRefused
 from cloister.sim import pki

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cloister.cli.output import print_json, table
 from cloister.cli.policies import read_user_policy
-from cloister.cli.verify import AsJson, PolicyFile, Url
+from cloister.cli.verify import AsJson, IdentityFile, PolicyFile, Url, UserMemory, memory_beside
 from cloister.errors import FormatError
 
 
@@ -18,11 +17,8 @@ def describe(
     url: Url,
     model: Annotated[str, typer.Argument(help="Model id: <owner>/<name>.")],
     policy: PolicyFile,
-    identity: Annotated[Path, typer.Option("--identity", help="User identity file.")],
-    memory: Annotated[
-        Path | None,
-        typer.Option(help="As for `verify`; by default beside the identity, one for each service."),
-    ] = None,
+    identity: IdentityFile,
+    memory: UserMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify the service, then ask a model for its inputs and outputs; the grant decides, as for `infer`."""
@@ -31,7 +27,7 @@ def describe(
     from cloister.core.oip import DTYPES, numpy_name
 
     user = read_user_policy(policy)
-    memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
+    memory = memory or memory_beside(identity, user.service)
     with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
         answer = client.metadata(model)
     try:

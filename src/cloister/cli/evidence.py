@@ -16,7 +16,7 @@ from cloister.core.times import time_text
 from cloister.core.verifier import verify as verify_evidence
 from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS, TrustAnchors
 from cloister.core.verifier.appraisal import AppraisalPolicy, AppraisalResult, appraise
-from cloister.core.verifier.chain import load_chain, read_pem
+from cloister.core.verifier.certificates import load_chain, read_pem
 from cloister.core.verifier.result import Step, VerifiedEvidence
 from cloister.errors import CloisterError, EvidenceError, UsageError
 from cloister.party.evidence import Signed, open_evidence, read_signed

@@ -11,7 +11,7 @@ import typer
 
 from cloister.cli.output import print_json, table
 from cloister.cli.policies import read_user_policy
-from cloister.cli.verify import AsJson, PolicyFile, Url
+from cloister.cli.verify import AsJson, IdentityFile, PolicyFile, Url, UserMemory, memory_beside
 from cloister.errors import UsageError
 from cloister.party import files
 
@@ -24,14 +24,11 @@ def infer(
     model: Annotated[str, typer.Argument(help="Model id: <owner>/<name>.")],
     inputs: Annotated[list[str], typer.Option("--input", help="NAME=FILE.npy; once for each input.")],
     policy: PolicyFile,
-    identity: Annotated[Path, typer.Option("--identity", help="User identity file.")],
+    identity: IdentityFile,
     output: Annotated[
         Path | None, typer.Option("--output", help="Write the outputs to this .npz instead of printing them.")
     ] = None,
-    memory: Annotated[
-        Path | None,
-        typer.Option(help="As for `verify`; by default beside the identity, one for each service."),
-    ] = None,
+    memory: UserMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify the service, send one sealed request, print or write the outputs."""
@@ -40,7 +37,7 @@ def infer(
 
     arrays = _read_inputs(inputs)
     user = read_user_policy(policy)
-    memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
+    memory = memory or memory_beside(identity, user.service)
     with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
         outputs = client.infer(model, arrays)
         stages, reuse = client.record.stages, client.record.reuse

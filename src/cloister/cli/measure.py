@@ -125,7 +125,7 @@ def _print_policies(
 
 def _roots(path: Path | None) -> bytes:
     from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS
-    from cloister.core.verifier.chain import read_pem
+    from cloister.core.verifier.certificates import read_pem
 
     if path is None:
         raise UsageError(

@@ -10,7 +10,7 @@ import typer
 
 from cloister.cli.output import console, errors, print_json, table
 from cloister.cli.policies import read_user_policy
-from cloister.cli.verify import AsJson, PolicyFile, Url
+from cloister.cli.verify import AsJson, IdentityFile, PolicyFile, Url, UserMemory, memory_beside
 
 if TYPE_CHECKING:
     from cloister.client.proxy.server import Places, Proxy
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def proxy(
     url: Url,
     policy: PolicyFile,
-    identity: Annotated[Path, typer.Option("--identity", help="User identity file.")],
+    identity: IdentityFile,
     rest_port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of REST; 0 picks one.")] = 8500,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of gRPC; 0 picks one.")] = 8501,
     no_grpc: Annotated[bool, typer.Option("--no-grpc", help="REST only.")] = False,
@@ -38,10 +38,7 @@ def proxy(
             help="Listen there instead of on localhost: requests reach the proxy in the clear.",
         ),
     ] = None,
-    memory: Annotated[
-        Path | None,
-        typer.Option(help="As for `verify`; by default beside the identity, one for each service."),
-    ] = None,
+    memory: UserMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify a service, then serve its models on localhost to any Open Inference Protocol client."""
@@ -57,7 +54,7 @@ def proxy(
     user = read_user_policy(policy)
     who = Identity.load(identity)
     aliases = parse_aliases(alias or [])
-    memory = memory or identity.with_suffix(f".{user.service.hex()[:16]}.memory")
+    memory = memory or memory_beside(identity, user.service)
     places = Places(
         rest=rest_port,
         grpc=None if no_grpc else grpc_port,

@@ -23,6 +23,11 @@ Memory = Annotated[
     Path | None,
     typer.Option("--memory", help="File that keeps what was seen of the service between runs."),
 ]
+IdentityFile = Annotated[Path, typer.Option("--identity", help="User identity file.")]
+UserMemory = Annotated[
+    Path | None,
+    typer.Option("--memory", help="As for `verify`; by default beside the identity, one for each service."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
@@ -65,6 +70,11 @@ def verify(url: Url, policy: PolicyFile, memory: Memory = None, as_json: AsJson 
         console.print(
             "[yellow]simulated: this TEE protects nothing from its machine's administrator[/yellow]"
         )
+
+
+def memory_beside(identity: Path, service: bytes) -> Path:
+    """Where a user's memory of a service lies unless they name another file."""
+    return identity.with_suffix(f".{service.hex()[:16]}.memory")
 
 
 def shown(steps: Iterable[Step], verified: VerifiedDocument) -> list[tuple[str, str, str]]:

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable
 from typing import cast
 
-import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from cloister.asgi import configuration
 from cloister.errors import CloisterError, FormatError
 from cloister.host.problems import problem_response, status_of
 
@@ -25,17 +25,7 @@ def protocols(app: ASGIApp) -> Callable[[], asyncio.Protocol]:
 
     Requests are not logged, and an error becomes a bare problem: see `Guarded`.
     """
-    config = uvicorn.Config(
-        Guarded(app),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-    )
+    config = configuration(Guarded(app))
     config.load()
     state = ServerState()
 

@@ -12,41 +12,26 @@ from typing import Final
 
 from starlette.responses import Response
 
-from cloister.errors import (
-    AccessRefused,
-    CloisterError,
-    DeadlineExceeded,
-    FormatError,
-    NotFound,
-    Refused,
-    StoreConflict,
-    TransportError,
-    Unavailable,
-    UsageError,
-)
+from cloister.core.protocol import problem as table
+from cloister.core.protocol.problem import Statuses
+from cloister.errors import AccessRefused, CloisterError, Overloaded, Refused, StoreConflict, TransportError
 from cloister.net.messages import Answer
 
 CONTENT_TYPE: Final = "application/problem+json"
-# From the most special kind to the most general one; the first that fits decides.
-_STATUS: Final[tuple[tuple[type[CloisterError], int], ...]] = (
+# Where an operator's answer differs from `cloister.core.protocol.problem`.
+_EDGE: Final[Statuses] = (
     (StoreConflict, 409),
     (TransportError, 502),
-    (DeadlineExceeded, 504),
-    (Unavailable, 503),
-    (NotFound, 404),
+    (Overloaded, 503),
     (AccessRefused, 403),
     (Refused, 422),
-    (FormatError, 400),
-    (UsageError, 400),
 )
 _BY_CODE: Final = {"blob.quota": 507, "blob.range": 416, "http.too-large": 413}
 
 
 def status_of(error: CloisterError) -> int:
     """The HTTP status of one of our errors."""
-    return _BY_CODE.get(error.code) or next(
-        (status for kind, status in _STATUS if isinstance(error, kind)), 500
-    )
+    return _BY_CODE.get(error.code) or table.status_of(error, edge=_EDGE)
 
 
 def problem_body(status: int, code: str) -> bytes:

@@ -7,79 +7,22 @@ operators only, and external data only in regular files beside the model.
 
 from __future__ import annotations
 
-import math
 import os
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
+from cloister.core.model import DATATYPES, STANDARD_DOMAINS, TensorSpec
 from cloister.errors import UsageError
+from cloister.owner.graph import nodes
+from cloister.owner.weights import check_external, invalid, move_weights, unreadable
 
 if TYPE_CHECKING:
-    from onnx import (
-        AttributeProto,
-        FunctionProto,
-        GraphProto,
-        ModelProto,
-        NodeProto,
-        SparseTensorProto,
-        TensorProto,
-        ValueInfoProto,
-    )
+    from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-WEIGHTS: Final = "weights"  # the "file" in which the graph says its weights lie
-WEIGHT_ALIGNMENT: Final = 64  # bytes; a cache line, and the widest vector register
 MIN_WEIGHT: Final = 1024  # bytes; smaller initializers stay in the graph
 LEAST_WEIGHT: Final = 256  # bytes; below it, shapes and axes would leave, which shape inference must read
 MAX_GRAPH_FILE: Final = (1 << 31) - 1  # bytes; no protobuf message is longer
-
-STANDARD_DOMAINS: Final = ("", "ai.onnx", "ai.onnx.ml")
-
-_DATATYPES: Final = {  # ONNX element type -> Open Inference Protocol datatype
-    "BOOL": "BOOL",
-    "UINT8": "UINT8",
-    "UINT16": "UINT16",
-    "UINT32": "UINT32",
-    "UINT64": "UINT64",
-    "INT8": "INT8",
-    "INT16": "INT16",
-    "INT32": "INT32",
-    "INT64": "INT64",
-    "FLOAT16": "FP16",
-    "FLOAT": "FP32",
-    "DOUBLE": "FP64",
-    "BFLOAT16": "BF16",
-    "STRING": "BYTES",
-}
-_PACKED_BITS: Final = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-_DATA_FIELDS: Final = (
-    "raw_data",
-    "float_data",
-    "int32_data",
-    "int64_data",
-    "double_data",
-    "uint64_data",
-    "external_data",
-    "data_location",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """An input or an output of a model.
-
-    Attributes:
-        name: As in the graph.
-        datatype: As the Open Inference Protocol names it: ``"FP32"``, ``"INT64"``, ``"BYTES"``, ...
-        shape: One size per axis; -1 where it varies.
-    """
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,15 +90,11 @@ def load_model(path: str | os.PathLike[str], *, min_weight: int = MIN_WEIGHT) ->
     data = _read_file(file)
     model = _parse(data)
     _check_operators(model)
-    external = [
-        tensor for tensor in (*model.graph.initializer, *_other_tensors(model)) if _is_external(tensor)
-    ]
-    for tensor in external:
-        _open_external(tensor, file.parent).close()
+    external = check_external(model, file.parent)
     _check(str(file) if external else data)
     model = _inline_functions(model)
     inputs, outputs = _interface(model.graph)
-    weights = _move_weights(model, file.parent, min_weight)
+    weights = move_weights(model, file.parent, min_weight)
     return SplitModel(graph=model.SerializeToString(), weights=weights, inputs=inputs, outputs=outputs)
 
 
@@ -173,7 +112,7 @@ def _read_file(file: Path) -> bytes:
             )
         return file.read_bytes()
     except OSError as error:
-        raise _unreadable(file.name, error) from error
+        raise unreadable(file.name, error) from error
 
 
 def _parse(data: bytes) -> ModelProto:
@@ -187,11 +126,11 @@ def _parse(data: bytes) -> ModelProto:
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's, whose module has no types
-        raise _invalid("the file is no ONNX model", "content", "an ONNX model", "other bytes") from error
+        raise invalid("the file is no ONNX model", "content", "an ONNX model", "other bytes") from error
     if not model.HasField("graph"):
-        raise _invalid("the file is no ONNX model", "graph", "one", "none")
+        raise invalid("the file is no ONNX model", "graph", "one", "none")
     if model.training_info:
-        raise _invalid(
+        raise invalid(
             "a model to serve has no training graph", "training_info", "none", len(model.training_info)
         )
     return model
@@ -213,7 +152,7 @@ def _check_operators(model: ModelProto) -> None:
     for function in model.functions:
         scopes.append((function, {entry.domain: entry.version for entry in function.opset_import}))
     for scope, imported in scopes:
-        for node in _nodes(scope):
+        for node in nodes(scope):
             if (node.domain, node.op_type) not in own:
                 _check_operator(node, imported)
 
@@ -254,155 +193,6 @@ def _inline_functions(model: ModelProto) -> ModelProto:
     return model
 
 
-def _nodes(scope: GraphProto | FunctionProto) -> Iterator[NodeProto]:
-    """Every node, those of subgraphs included."""
-    for node in scope.node:
-        yield node
-        for attribute in node.attribute:
-            for graph in _graphs(attribute):
-                yield from _nodes(graph)
-
-
-def _graphs(attribute: AttributeProto) -> Iterator[GraphProto]:
-    if attribute.HasField("g"):
-        yield attribute.g
-    yield from attribute.graphs
-
-
-def _other_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor that is no initializer of the main graph: sparse ones, attributes, those of subgraphs."""
-    pending: list[tuple[GraphProto | FunctionProto, bool]] = [(model.graph, True)]
-    pending.extend((function, False) for function in model.functions)
-    while pending:
-        scope, main = pending.pop()
-        sparse: list[SparseTensorProto] = []
-        if hasattr(scope, "initializer"):
-            sparse.extend(scope.sparse_initializer)
-            if not main:
-                yield from scope.initializer
-        for attribute in _attributes(scope):
-            pending.extend((graph, False) for graph in _graphs(attribute))
-            yield from attribute.tensors
-            if attribute.HasField("t"):
-                yield attribute.t
-            sparse.extend(attribute.sparse_tensors)
-            if attribute.HasField("sparse_tensor"):
-                sparse.append(attribute.sparse_tensor)
-        for tensor in sparse:
-            yield from (tensor.values, tensor.indices)
-
-
-def _is_external(tensor: TensorProto) -> bool:
-    return bool(tensor.data_location == tensor.EXTERNAL)
-
-
-def _attributes(scope: GraphProto | FunctionProto) -> Iterator[AttributeProto]:
-    if hasattr(scope, "attribute_proto"):
-        yield from scope.attribute_proto
-    for node in scope.node:
-        yield from node.attribute
-
-
-def _move_weights(model: ModelProto, folder: Path, min_weight: int) -> bytearray:
-    """Put every tensor where it belongs; the buffer is allocated once, after every size was checked."""
-    large: list[tuple[TensorProto, int, int]] = []  # with where it starts and stops in the buffer
-    small = list(_other_tensors(model))
-    end = 0
-    for tensor in model.graph.initializer:
-        if tensor.data_type == tensor.STRING or _size(tensor) < min_weight:
-            small.append(tensor)
-        else:
-            start = -(-end // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
-            end = start + _size(tensor)
-            large.append((tensor, start, end))
-    for tensor in small:
-        if _is_external(tensor):
-            data = bytearray(_size(tensor))
-            _copy_data(tensor, folder, memoryview(data))
-            _clear_data(tensor)
-            tensor.raw_data = bytes(data)
-    weights = bytearray(end)
-    view = memoryview(weights)
-    for tensor, start, stop in large:
-        _copy_data(tensor, folder, view[start:stop])
-        _clear_data(tensor)
-        tensor.data_location = tensor.EXTERNAL
-        for key, value in (("location", WEIGHTS), ("offset", start), ("length", stop - start)):
-            tensor.external_data.add(key=key, value=str(value))
-    return weights
-
-
-def _copy_data(tensor: TensorProto, folder: Path, target: memoryview) -> None:
-    """Put the tensor's raw bytes into ``target``, which has their length."""
-    if _is_external(tensor):
-        with _open_external(tensor, folder) as file:
-            if file.readinto(target) != len(target):
-                _refuse_external(tensor, "as many bytes as the tensor has", "fewer")
-        return
-    from onnx import numpy_helper
-
-    raw = tensor.raw_data
-    if not tensor.HasField("raw_data"):
-        try:
-            raw = numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
-        except Exception as error:  # numpy's and onnx's own, for fields that hold too little
-            raise _invalid(
-                "a tensor's data doesn't fit it", f"tensor {tensor.name!r}", "its shape", ""
-            ) from error
-    if len(raw) != len(target):
-        raise _invalid(
-            "a tensor's data doesn't fit it", f"tensor {tensor.name!r}", f"{len(target)} B", f"{len(raw)} B"
-        )
-    target[:] = raw
-
-
-def _clear_data(tensor: TensorProto) -> None:
-    for field in _DATA_FIELDS:
-        tensor.ClearField(field)
-
-
-def _size(tensor: TensorProto) -> int:
-    """Bytes of the tensor's raw data, from its shape and type."""
-    from onnx import helper
-
-    kind = (
-        tensor.DataType.Name(tensor.data_type) if tensor.data_type in tensor.DataType.values() else "unknown"
-    )
-    if kind in ("UNDEFINED", "unknown") or (kind == "STRING" and _is_external(tensor)):
-        raise _invalid("a tensor of a type without raw data", f"tensor {tensor.name!r}", "numbers", kind)
-    if any(size < 0 for size in tensor.dims):
-        raise _invalid("a tensor of negative size", f"tensor {tensor.name!r}", "sizes", list(tensor.dims))
-    bits: int = _PACKED_BITS.get(kind) or helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
-    return int(-(-math.prod(tensor.dims) * bits // 8))
-
-
-def _open_external(tensor: TensorProto, folder: Path) -> BufferedReader:
-    """Open the file that holds the tensor, at its first byte; it holds the whole tensor."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    name = entries.get("location", "")
-    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0", ":")):
-        _refuse_external(tensor, "the name of a file beside the model", repr(name))
-    size = _size(tensor)
-    try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", size))
-    except ValueError:
-        _refuse_external(tensor, "offset and length in digits", "others")
-    if offset < 0 or length != size:
-        _refuse_external(tensor, f"{size} B", f"{length} B at {offset}")
-    try:
-        # A link could name any file of the owner's, and the seal would carry its bytes; a pipe would block.
-        handle = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise _unreadable(name, error) from error
-    file = os.fdopen(handle, "rb")
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode) or status.st_size < offset + size:
-        file.close()
-        _refuse_external(tensor, f"a regular file of {offset + size} B or more", f"{status.st_size} B")
-    file.seek(offset)
-    return file
-
-
 def _interface(graph: GraphProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     given = {tensor.name for tensor in graph.initializer}
     given.update(sparse.values.name for sparse in graph.sparse_initializer)
@@ -417,12 +207,12 @@ def _describe(value: ValueInfoProto) -> TensorSpec:
     if kind == "tensor_type":
         tensor = value.type.tensor_type
         kind = TensorProto.DataType.Name(tensor.elem_type)
-        if kind in _DATATYPES:
+        if kind in DATATYPES:
             shape = tuple(
                 size.dim_value if size.HasField("dim_value") and size.dim_value >= 0 else -1
                 for size in tensor.shape.dim
             )
-            return TensorSpec(name=value.name, datatype=_DATATYPES[kind], shape=shape)
+            return TensorSpec(name=value.name, datatype=DATATYPES[kind], shape=shape)
     raise UsageError(
         "an input or output that no request can carry",
         code="model.type",
@@ -431,27 +221,3 @@ def _describe(value: ValueInfoProto) -> TensorSpec:
         actual=kind,
         hint="Export classifiers without ZipMap",
     )
-
-
-def _refuse_external(tensor: TensorProto, expected: str, actual: str) -> NoReturn:
-    raise UsageError(
-        "external data that isn't what and where it must be",
-        code="model.file",
-        claim=f"external data of tensor {tensor.name!r}",
-        expected=expected,
-        actual=actual,
-    )
-
-
-def _unreadable(name: str, error: OSError) -> UsageError:
-    return UsageError(
-        f"can't read {name}",
-        code="model.file",
-        claim="file",
-        expected="readable",
-        actual=error.strerror or "an error",
-    )
-
-
-def _invalid(message: str, claim: str, expected: object, actual: object) -> UsageError:
-    return UsageError(message, code="model.format", claim=claim, expected=expected, actual=actual)

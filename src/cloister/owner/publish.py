@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import httpx
-
 from cloister.core.encoding import decode, unpack
 from cloister.core.ohttp import hpke
 from cloister.core.ohttp.keyconfig import select
 from cloister.core.protocol.configuration import require_anchor
-from cloister.core.protocol.conversation import Conversation, Trust, ask_key_service
+from cloister.core.protocol.conversation import Conversation, ask_key_service
 from cloister.core.protocol.document import VerifiedDocument
 from cloister.core.protocol.exchange import Publication, Receipt, StatementQuery
 from cloister.core.protocol.flow import Flow
@@ -22,42 +19,16 @@ from cloister.core.protocol.release import model_key_info
 from cloister.core.protocol.statement import SealedModel, SignedStatement, Statement
 from cloister.core.verifier.appraisal import AppraisalPolicy, appraise
 from cloister.errors import CloisterError, NotFound, Rollback, UsageError
-from cloister.owner.desk import Desk, DeskModel
+from cloister.owner.connection import Connection
+from cloister.owner.desk import DeskModel
 from cloister.owner.policy import ModelPolicy
-from cloister.party.carry import Carrier
 
 PIECE: Final = 1 << 20  # bytes of an upload
 Progress = Callable[[int, int], None]
 
 
-class Publisher:
-    """A desk's connection to one service. Use it as a context manager.
-
-    Args:
-        desk: Keys and what was signed before.
-        url: Of any gateway of the service.
-        service: The service id that the owner pinned (32 bytes).
-        key_service: What the key service must be before a key is sealed to it.
-        now: The owner's own clock, Unix seconds.
-        transport: An httpx transport, for tests.
-    """
-
-    def __init__(
-        self,
-        desk: Desk,
-        url: str,
-        *,
-        service: bytes,
-        key_service: AppraisalPolicy,
-        now: Callable[[], int] = lambda: int(time.time()),
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self._desk = desk
-        self._now = now
-        self._carrier = Carrier(url, transport)
-        trust = Trust(service=service, key_service=key_service)
-        self._conversation = Conversation(trust=trust)
-        desk.memory(service).remind(self._conversation)
+class Publisher(Connection):
+    """Publishes a desk's models. A key is sealed to the key service only after that was verified."""
 
     @property
     def conversation(self) -> Conversation:
@@ -66,11 +37,7 @@ class Publisher:
 
     def verify(self) -> VerifiedDocument:
         """Verify the service, and that it extends what this desk has seen of it."""
-        self._desk.memory(self._conversation.trust.service).remind(self._conversation)
-        try:
-            return self._carrier.run(self._conversation.refresh(self._now()))
-        finally:
-            self._desk.remember(self._conversation)
+        return self._carrier.run(self._refresh())
 
     def publish(
         self,
@@ -126,16 +93,6 @@ class Publisher:
             return {other: expiry for other, expiry in grants.items() if other != user}
 
         return self._amend(name, without)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._carrier.close()
-
-    def __enter__(self) -> Publisher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _amend(self, name: str, change: Callable[[dict[bytes, int]], dict[bytes, int]]) -> Statement:
         verified = self.verify()

@@ -8,56 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable
 from typing import Final
-
-import httpx
 
 from cloister.core.ohttp import bhttp, encapsulation
 from cloister.core.ohttp.keyconfig import select
 from cloister.core.protocol import repository
 from cloister.core.protocol.authorization import FIELD, REQUEST_ID_SIZE, RequestAuthorization, RequestContext
-from cloister.core.protocol.conversation import Conversation, Trust, finish_exchange
+from cloister.core.protocol.conversation import finish_exchange
 from cloister.core.protocol.document import PoolEntry
 from cloister.core.protocol.flow import Flow
-from cloister.core.verifier.appraisal import AppraisalPolicy
 from cloister.errors import AccessRefused, BindingRefused, CloisterError, FormatError, NotFound
-from cloister.owner.desk import Desk
-from cloister.party.carry import Carrier
+from cloister.owner.connection import Connection
 
 LIFETIME: Final = 60  # seconds that a request may be under way
 ATTEMPTS: Final = 5  # the nth asks for n nonces first
 _OTHER_WORKER: Final = frozenset({"binding.challenge", "binding.challenge-expired"})
 
 
-class ModelRepository:
-    """A desk's connection to the workers of its pool. Use it as a context manager.
-
-    Args:
-        desk: The owner's key.
-        url: Of any gateway of the service.
-        service: The service id that the owner pinned (32 bytes).
-        key_service: What the key service must be.
-        now: The owner's own clock, Unix seconds.
-        transport: An httpx transport, for tests.
-    """
-
-    def __init__(
-        self,
-        desk: Desk,
-        url: str,
-        *,
-        service: bytes,
-        key_service: AppraisalPolicy,
-        now: Callable[[], int] = lambda: int(time.time()),
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self._desk = desk
-        self._now = now
-        self._carrier = Carrier(url, transport)
-        self._conversation = Conversation(trust=Trust(service=service, key_service=key_service))
-        desk.memory(service).remind(self._conversation)
+class ModelRepository(Connection):
+    """What the workers of the owner's pools hold in memory."""
 
     def index(self) -> list[dict[str, str]]:
         """The owner's models, and whether the worker that answers holds them in memory.
@@ -79,18 +48,8 @@ class ModelRepository:
         """
         self._carrier.run(self._act(name, "unload"))
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._carrier.close()
-
-    def __enter__(self) -> ModelRepository:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _index(self) -> Flow[list[dict[str, str]]]:
-        yield from self._verify()
+        yield from self._refresh()
         found: list[dict[str, str]] = []
         for pool in self._pools():
             response = yield from self._post(pool, repository.INDEX, repository.ENTIRE, bytes(32))
@@ -105,7 +64,7 @@ class ModelRepository:
         nonces: list[bytes] = []
         failure: CloisterError | None = None
         for attempt in range(1, ATTEMPTS + 1):
-            yield from self._verify()
+            yield from self._refresh()
             pool = next((each for each in self._pools() if _serves(each, model)), self._pools()[0])
             for _ in range(attempt):
                 nonces.append((yield from self._nonce(pool)))
@@ -166,13 +125,6 @@ class ModelRepository:
             fields.append((repository.FIELD, field))
         inner = bhttp.Request(method=b"POST", path=path, fields=tuple(fields), content=b"{}")
         return (yield from finish_exchange(sealer, pool.pool.id.hex().encode(), inner))
-
-    def _verify(self) -> Flow[None]:
-        self._desk.memory(self._conversation.trust.service).remind(self._conversation)
-        try:
-            yield from self._conversation.refresh(self._now())
-        finally:
-            self._desk.remember(self._conversation)
 
     def _pools(self) -> list[PoolEntry]:
         """The owner's pools; raises NotFound where there is none."""

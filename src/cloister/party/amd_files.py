@@ -8,7 +8,7 @@ from typing import Final
 from cloister.core.evidence.bundle import AmdCollateral
 from cloister.core.evidence.snp import PRODUCTS, VCEK, VLEK, SnpReport
 from cloister.core.evidence.snp_table import CertificateTable, make_collateral
-from cloister.core.verifier.chain import AMD, Certificate, load_certificate, load_crl, read_pem
+from cloister.core.verifier.certificates import AMD, Certificate, load_certificate, load_crl, read_pem
 from cloister.core.verifier.collateral_key import SnpKey, crl_file
 from cloister.core.verifier.roots import amd
 from cloister.core.verifier.roots.amd_intermediates import INTERMEDIATES

@@ -17,7 +17,7 @@ from cloister.core.evidence.dcap import TEE_TDX, Quote
 from cloister.core.evidence.nitro import MAX_CABUNDLE, NitroDocument
 from cloister.core.evidence.snp import REPORT_SIZE, SnpReport
 from cloister.core.evidence.snp_table import MAX_TABLE
-from cloister.core.verifier.chain import read_pem
+from cloister.core.verifier.certificates import read_pem
 from cloister.core.verifier.collateral_key import DcapKey
 from cloister.errors import EvidenceError, FormatError, UsageError
 from cloister.party import file_kinds

@@ -15,7 +15,7 @@ from cryptography import x509
 
 from cloister.core.evidence.bundle import Collateral
 from cloister.core.evidence.snp_table import GUIDS, MAX_ENTRIES
-from cloister.core.verifier.chain import parse_certificate
+from cloister.core.verifier.certificates import parse_certificate
 from cloister.errors import EvidenceError, UsageError
 
 MAX_FILE: Final = 4 << 20  # bytes

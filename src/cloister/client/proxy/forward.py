@@ -27,6 +27,7 @@ _BY_CODE: Final = {
     "proxy.timeout": HTTPStatus.REQUEST_TIMEOUT,
     "identity.none": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
+_EDGE: Final[problem.Statuses] = ((AccessRefused, 403), (Refused, 502))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,12 +138,7 @@ class Forwarder:
 
 def status_of(error: CloisterError) -> int:
     """The HTTP status of an error: 403 the owner's or the proxy's no, 502 a service that can't be trusted."""
-    known = _BY_CODE.get(error.code)
-    if known is not None:
-        return known
-    if isinstance(error, Refused) and not isinstance(error, AccessRefused):
-        return HTTPStatus.BAD_GATEWAY
-    return problem.status_of(error)
+    return _BY_CODE.get(error.code) or problem.status_of(error, edge=_EDGE)
 
 
 def text_of(error: CloisterError) -> str:

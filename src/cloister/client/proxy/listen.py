@@ -9,11 +9,11 @@ import socket
 from pathlib import Path
 from typing import Any, Final
 
-import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from cloister.asgi import configuration
 from cloister.errors import UsageError
 from cloister.net.front import unix_socket
 
@@ -53,18 +53,7 @@ class Listener:
     """Open listening sockets of one REST app. `close` ends everything that came through them."""
 
     def __init__(self, app: ASGIApp) -> None:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            date_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE,
-        )
+        config = configuration(app, timeout_keep_alive=_KEEP_ALIVE)
         config.load()
         self._config = config
         self._state = ServerState()
@@ -86,7 +75,7 @@ class Listener:
         try:
             listening = unix_socket(path)
         except OSError as error:
-            raise _refused(str(path), error) from error
+            raise _refused(str(path), error.strerror) from error
         self._unix = path
         self._servers.append(await loop.create_unix_server(self._protocol, sock=listening, backlog=_BACKLOG))
 
@@ -137,7 +126,7 @@ def bind(hosts: tuple[str, ...], port: int) -> tuple[list[socket.socket], int]:
     except OSError as error:
         for each in sockets:
             each.close()
-        raise _refused(f"{hosts[0]}:{port}", error) from error
+        raise _refused(f"{hosts[0]}:{port}", error.strerror) from error
     return sockets, port
 
 
@@ -163,8 +152,15 @@ def _bound(family: int, address: Any) -> socket.socket | None:
     return made
 
 
-def _refused(where: str, error: OSError) -> UsageError:
-    return UsageError(f"can't listen on {where}: {error.strerror}", code="net.listen")
+def _refused(where: str, reason: str | None) -> UsageError:
+    return UsageError(
+        f"can't listen on {where}",
+        code="net.listen",
+        claim="address",
+        expected="one of this machine that nothing listens on",
+        actual=reason or "an error",
+        hint="Stop what listens there, or name another; port 0 picks a free one",
+    )
 
 
 def bind_rpc(server: Any, hosts: tuple[str, ...], port: int) -> int:
@@ -182,5 +178,5 @@ def bind_rpc(server: Any, hosts: tuple[str, ...], port: int) -> int:
         try:
             server.add_insecure_port(f"{shown}:{port}")
         except RuntimeError as error:
-            raise UsageError(f"can't listen on {shown}:{port}", code="net.listen") from error
+            raise _refused(f"{shown}:{port}", "the address can't be bound") from error
     return port

@@ -1,4 +1,4 @@
-"""Errors as they travel inside the encapsulation, and the one table from errors to HTTP.
+"""Errors as they travel inside the encapsulation, and the one table from errors to HTTP statuses.
 
 One document is a problem of RFC 9457 and an error of the Open Inference Protocol, whose ``error`` is a text.
 """
@@ -6,7 +6,7 @@ One document is a problem of RFC 9457 and an error of the Open Inference Protoco
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import Final, TypeAlias
 
 from cloister import errors
 from cloister.errors import CloisterError
@@ -14,8 +14,10 @@ from cloister.errors import CloisterError
 MEDIA_TYPE: Final = b"application/problem+json"
 MAX_PROBLEM: Final = 64 << 10  # bytes
 
+Statuses: TypeAlias = tuple[tuple[type[CloisterError], int], ...]
+
 # The first class that fits decides.
-_STATUS: Final[tuple[tuple[type[CloisterError], int], ...]] = (
+_STATUS: Final[Statuses] = (
     (errors.Replayed, 409),
     (errors.Rollback, 409),
     (errors.Refused, 403),
@@ -28,9 +30,15 @@ _STATUS: Final[tuple[tuple[type[CloisterError], int], ...]] = (
 )
 
 
-def status_of(error: CloisterError) -> int:
-    """The HTTP status of an error."""
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+def status_of(error: CloisterError, *, edge: Statuses = ()) -> int:
+    """The HTTP status of an error.
+
+    Args:
+        error: Any of ours.
+        edge: What is answered otherwise where the error leaves, most special class first; it goes before the
+            table.
+    """
+    return next((status for kind, status in (*edge, *_STATUS) if isinstance(error, kind)), 500)
 
 
 def to_bytes(error: CloisterError) -> bytes:

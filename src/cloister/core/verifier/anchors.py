@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 from cryptography.exceptions import InvalidSignature
 
 from cloister.core import encoding
-from cloister.core.verifier.chain import AMD, DCAP, NITRO, Certificate, Profile, load_certificate
+from cloister.core.verifier.certificates import AMD, DCAP, NITRO, Certificate, Profile, load_certificate
 from cloister.core.verifier.roots import amd, aws, intel
 from cloister.errors import EvidenceError, EvidenceRefused, UsageError
 

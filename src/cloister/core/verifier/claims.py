@@ -11,21 +11,17 @@ from cloister.core.verifier.kinds import (
     Checks,
     Claim,
     Components,
-    Denied,
     Exactly,
     Get,
     Listed,
     Masked,
     Members,
-    ServiceTd,
-    SnpTcb,
     Unless,
-    dcap_platform,
     not_subset,
     number,
-    snp_platform,
 )
 from cloister.core.verifier.result import VerifiedEvidence
+from cloister.core.verifier.tee_kinds import Denied, ServiceTd, SnpTcb, dcap_platform, snp_platform
 
 __all__ = ["CLAIMS", "Checks", "not_subset"]
 

@@ -12,11 +12,8 @@ from cloister.core.evidence.dcap import QuoteSignature
 from cloister.core.evidence.pck import EXTENSION_OID, PckExtension
 from cloister.core.times import time_text
 from cloister.core.verifier.anchors import TrustAnchors, described
+from cloister.core.verifier.certificates import Certificate, RevocationList, load_chain, load_crl
 from cloister.core.verifier.chain import (
-    Certificate,
-    RevocationList,
-    load_chain,
-    load_crl,
     require_dates,
     require_not_revoked,
     require_signed_by,

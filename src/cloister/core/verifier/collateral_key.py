@@ -20,7 +20,7 @@ from cloister.core.evidence.dcap import TEES, Quote
 from cloister.core.evidence.pck import EXTENSION_OID, PckExtension
 from cloister.core.evidence.snp import TCB_SIZE
 from cloister.core.evidence.vek import CHIP_ID_SIZE
-from cloister.core.verifier.chain import Certificate, load_chain
+from cloister.core.verifier.certificates import Certificate, load_chain
 from cloister.errors import EvidenceError
 
 FMSPC_SIZE: Final = 6  # bytes

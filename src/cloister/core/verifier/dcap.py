@@ -43,7 +43,8 @@ from cloister.core.evidence.pck import PckExtension
 from cloister.core.evidence.sgx import SgxReportBody
 from cloister.core.evidence.tdx import TdReport
 from cloister.core.verifier.anchors import TrustAnchors
-from cloister.core.verifier.chain import Certificate, require_signature
+from cloister.core.verifier.certificates import Certificate
+from cloister.core.verifier.chain import require_signature
 from cloister.core.verifier.collateral import (
     Chains,
     collateral_marks,

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from cloister.core.evidence.pem import to_pem
 from cloister.core.evidence.snp import PRODUCTS
 from cloister.core.verifier.anchors import MAX_SIMULATED_ROOTS, TrustAnchors, split_certificates
-from cloister.core.verifier.chain import read_pem
+from cloister.core.verifier.certificates import read_pem
 from cloister.core.verifier.documents import STATUSES
 from cloister.errors import EvidenceError, UsageError
 

@@ -20,14 +20,8 @@ from cloister.core.evidence.bundle import Evidence
 from cloister.core.evidence.nitro import NitroDocument
 from cloister.core.times import time_text
 from cloister.core.verifier.anchors import TrustAnchors, described
-from cloister.core.verifier.chain import (
-    NITRO,
-    Certificate,
-    load_certificate,
-    require_dates,
-    require_signature,
-    verify_chain,
-)
+from cloister.core.verifier.certificates import NITRO, Certificate, load_certificate
+from cloister.core.verifier.chain import require_dates, require_signature, verify_chain
 from cloister.core.verifier.collateral import passed
 from cloister.core.verifier.result import MAX_AHEAD, NitroPlatform, Step, VerifiedEvidence
 from cloister.errors import EvidenceRefused

@@ -27,17 +27,8 @@ from cloister.core.evidence.snp import ALGORITHM_ECDSA_P384, PRODUCTS, VCEK, VLE
 from cloister.core.evidence.vek import ARC, VekExtensions
 from cloister.core.times import time_text
 from cloister.core.verifier.anchors import TrustAnchors, described
-from cloister.core.verifier.chain import (
-    AMD,
-    Certificate,
-    RevocationList,
-    load_chain,
-    load_crl,
-    require_not_revoked,
-    require_signature,
-    verify_chain,
-    verify_crl,
-)
+from cloister.core.verifier.certificates import AMD, Certificate, RevocationList, load_chain, load_crl
+from cloister.core.verifier.chain import require_not_revoked, require_signature, verify_chain, verify_crl
 from cloister.core.verifier.collateral import passed, require_equal
 from cloister.core.verifier.result import CollateralMark, SnpPlatform, Step, VerifiedEvidence
 from cloister.errors import EvidenceRefused

@@ -23,7 +23,7 @@ from cloister.core.evidence.bundle import (
 )
 from cloister.core.evidence.snp import VCEK, VLEK, SnpReport
 from cloister.core.evidence.snp_table import CertificateTable
-from cloister.core.verifier.chain import AMD, MAX_PEM, load_chain, load_crl
+from cloister.core.verifier.certificates import AMD, MAX_PEM, load_chain, load_crl
 from cloister.core.verifier.collateral_key import DcapKey, SnpKey, crl_file
 from cloister.errors import FormatError, Unavailable, UsageError
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from cloister.core.model import STANDARD_DOMAINS, WEIGHTS
 from cloister.errors import FormatError, InvalidRequest
 
-WEIGHTS: Final = "weights"
-STANDARD_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 MAX_DEPTH: Final = 128  # of messages inside messages
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

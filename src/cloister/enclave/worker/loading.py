@@ -33,11 +33,12 @@ from typing import Final
 import numpy as np
 import onnxruntime as ort
 
+from cloister.core.model import WEIGHTS
 from cloister.core.sealing.header import PREFIX_SIZE, SealedHeader, header_size
 from cloister.core.sealing.unseal import Unsealer
 from cloister.core.secret import Secret
 from cloister.enclave.memory import overwrite_freed
-from cloister.enclave.worker.graph import WEIGHTS, require_safe
+from cloister.enclave.worker.graph import require_safe
 from cloister.errors import FormatError, InvalidRequest, Overloaded, Tampered
 
 PIECE: Final = 1 << 20  # bytes of ciphertext that a thread opens at once

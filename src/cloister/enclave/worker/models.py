@@ -13,6 +13,8 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
+from cloister.core.model import DATATYPES
+from cloister.core.model import TensorSpec as Spec
 from cloister.core.oip import DTYPES, Array
 from cloister.core.protocol.statement import SealedModel, Statement
 from cloister.core.sealing.header import SealedHeader
@@ -25,31 +27,13 @@ from cloister.errors import BindingRefused, InvalidRequest, Overloaded
 MAX_KNOWN: Final = 4096  # models whose memory is remembered
 
 # ONNX Runtime's names of tensor types, as the Open Inference Protocol has them.
-_DATATYPES: Final = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(bfloat16)": "BF16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
+_DATATYPES: Final = {f"tensor({kind.lower()})": name for kind, name in DATATYPES.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """An input or output: its name, datatype, and shape with -1 for a free dimension."""
+class TensorSpec(Spec):
+    """An input or output of a session."""
 
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
+    __slots__ = ()
 
     @classmethod
     def of(cls, argument: Any) -> TensorSpec:

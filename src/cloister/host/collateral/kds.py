@@ -19,16 +19,8 @@ from cloister.core.evidence.bundle import MAX_COLLATERAL_PART
 from cloister.core.evidence.snp import PRODUCTS, SnpTcb
 from cloister.core.evidence.snp_table import make_collateral
 from cloister.core.evidence.vek import TURIN_CHIP_ID_SIZE, VekExtensions
-from cloister.core.verifier.chain import (
-    AMD,
-    MAX_CERTIFICATE,
-    MAX_PEM,
-    load_chain,
-    load_crl,
-    read_pem,
-    verify_chain,
-    verify_crl,
-)
+from cloister.core.verifier.certificates import AMD, MAX_CERTIFICATE, MAX_PEM, load_chain, load_crl, read_pem
+from cloister.core.verifier.chain import verify_chain, verify_crl
 from cloister.core.verifier.collateral_key import SnpKey
 from cloister.core.verifier.snp import read_extensions
 from cloister.errors import FormatError, UsageError

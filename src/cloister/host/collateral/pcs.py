@@ -15,14 +15,8 @@ from urllib.parse import unquote_to_bytes
 
 from cloister.core.evidence.bundle import MAX_COLLATERAL_PART, Collateral
 from cloister.core.verifier.anchors import described
-from cloister.core.verifier.chain import (
-    Certificate,
-    load_chain,
-    load_crl,
-    require_signed_by,
-    verify_chain,
-    verify_crl,
-)
+from cloister.core.verifier.certificates import Certificate, load_chain, load_crl
+from cloister.core.verifier.chain import require_signed_by, verify_chain, verify_crl
 from cloister.core.verifier.collateral_key import DcapKey
 from cloister.core.verifier.dcap import DOCUMENTS
 from cloister.core.verifier.qe import QeIdentity

@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from cloister.core.protocol import outer
-from cloister.errors import CloisterError, NotFound, TransportError, Unavailable, UsageError
+from cloister.errors import CloisterError
+from cloister.host.problems import status_of
 
 MAX_BODY: Final = (
     16 << 20
@@ -31,15 +32,6 @@ FORWARDED_FIELDS: Final = tuple(name.decode() for name in (outer.POOL, outer.MOD
 Reply = tuple[int, str, bytes]  # status, content type, body
 Forward = Callable[[Mapping[str, str], bytes], Awaitable[Reply]]
 Fetch = Callable[[], Awaitable[Reply]]
-
-# Most special first.
-_STATUSES: Final[tuple[tuple[type[CloisterError], int], ...]] = (
-    (TransportError, 502),
-    (Unavailable, 503),
-    (NotFound, 404),
-    (UsageError, 400),
-    (CloisterError, 500),
-)
 
 
 def link_app(
@@ -114,8 +106,7 @@ def _problem(status: int, code: str, text: str) -> JSONResponse:
 async def _refuse(_: Request, error: Exception) -> Response:
     if not isinstance(error, CloisterError):  # for the type checker: Starlette hands over what was registered
         raise error
-    status = next(status for kind, status in _STATUSES if isinstance(error, kind))
-    return _problem(status, error.code, error.message)
+    return _problem(status_of(error), error.code, error.message)
 
 
 async def _refuse_http(_: Request, error: Exception) -> Response:

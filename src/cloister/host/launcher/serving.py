@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from cloister.asgi import configuration
 from cloister.core.protocol.stages import Figures
 from cloister.errors import CloisterError, Unavailable
 from cloister.net.link import Peer, Upstream
@@ -33,7 +35,7 @@ class _Server(uvicorn.Server):
 class LinkServer:
     """One application on one Unix socket that only this user can reach."""
 
-    def __init__(self, app: Callable[..., Any], path: Path) -> None:
+    def __init__(self, app: ASGIApp, path: Path) -> None:
         """Make a server; nothing happens before `start`.
 
         Args:
@@ -42,17 +44,7 @@ class LinkServer:
         """
         self._path = path
         self._server = _Server(
-            uvicorn.Config(
-                app,
-                uds=str(path),
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                date_header=False,
-                timeout_graceful_shutdown=DRAIN_TIMEOUT,
-            )
+            configuration(app, uds=str(path), log_level="warning", timeout_graceful_shutdown=DRAIN_TIMEOUT)
         )
         self._task: asyncio.Task[None] | None = None
 
