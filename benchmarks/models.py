@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from cloister.enclave.worker.loading import PREPACK_LIMIT
+from cloister.enclave.worker.session import PREPACK_LIMIT
 from cloister.owner.model import load_model
 
 Array = np.ndarray[Any, np.dtype[Any]]

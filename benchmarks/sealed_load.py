@@ -153,7 +153,8 @@ def _load_plain(path: Path, *, lean: bool = False) -> tuple[Any, float, float]:
 
 def _load_sealed(path: Path) -> tuple[Any, float, float]:
     from cloister.core.secret import Secret
-    from cloister.enclave.worker.loading import build, open_sealed
+    from cloister.enclave.worker.loading import open_sealed
+    from cloister.enclave.worker.session import build
 
     key, digest = Secret(_KEY), path.with_suffix(".digest").read_bytes()
     start = time.perf_counter()

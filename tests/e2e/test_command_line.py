@@ -605,7 +605,7 @@ def test_the_operator_makes_a_pool_for_a_second_owner(service: World, tmp_path: 
     owner = run("owner", "init", *desk, "--json").json["owner"]
     before = service.site.user_policy.read_text()
     made = run("pool", "create", "of-the-second", "--owner", owner, *data, "--json").json
-    assert made == {"pool": made["pool"], "name": "of-the-second", "owner": owner}
+    assert made == {"pool": made["pool"], "name": "of-the-second", "owner": owner, "shared": False}
     assert run("pool", "create", "of-the-second", "--owner", owner, *data, "--json").json == made
     assert service.site.user_policy.read_text() == before
     pools = {pool["name"]: pool for pool in run("pool", "list", *data, "--json").json["pools"]}

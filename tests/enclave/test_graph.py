@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cloister.enclave.worker.graph import MAX_DEPTH, require_safe
-from cloister.enclave.worker.loading import build_session
+from cloister.enclave.worker.session import build_session
 from cloister.errors import CloisterError, FormatError, InvalidRequest
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
@@ -394,7 +394,7 @@ def test_onnx_runtimes_own_format_is_not_loaded(tmp_path, monkeypatch):
     raw = (tmp_path / "m.ort").read_bytes()
     assert raw[4:8] == b"ORTM"
     ort.InferenceSession(raw, providers=["CPUExecutionProvider"])
-    monkeypatch.setattr("cloister.enclave.worker.loading.require_safe", lambda graph: None)
+    monkeypatch.setattr("cloister.enclave.worker.session.require_safe", lambda graph: None)
     with pytest.raises(InvalidRequest) as caught:
         build(raw)
     assert caught.value.code == "model.load"

@@ -393,13 +393,11 @@ async def test_a_failure_reaches_whoever_waits(monkeypatch):
 # -- pools ---------------------------------------------------------------------
 
 
-async def test_pools_of_another_anchor_or_shared():
+async def test_pools_of_another_anchor():
     realm = await started()
     for root in (None, "host"):
         pool = Pool(name="p", policy=policy(WORKER, root=root))
         await refused(AppraisalRefused, "appraisal.anchor", realm.create_pool(pool))
-    shared = dataclasses.replace(realm.pool, shared=True)
-    await refused(InvalidRequest, "request.shared-pool", realm.create_pool(shared))
     assert len(realm.document().document.pools) == 1
 
 
@@ -575,6 +573,26 @@ async def test_a_pool_serves_one_owner():
         realm, AccessRefused, "access.pool", statement(realm.id, name="other"), pool=mine.id
     )
     await realm.publish(said, owner=mallory, pool=mine.id)
+
+
+async def test_a_shared_pool_serves_several_owners_each_under_its_own_statements():
+    realm = await started()
+    shared = await realm.create_pool(dataclasses.replace(realm.pool, shared=True))
+    assert shared.id != realm.pool.id
+    one, two = owner_key("one"), owner_key("two")
+    said = {owner: statement(realm.id, owner=owner) for owner in (one, two)}
+    for owner in (one, two):
+        await realm.publish(said[owner], owner=owner, pool=shared.id)
+    entry = realm.document().document.pool(shared.id)
+    assert entry.pool.shared
+    assert entry.owner is None
+    assert {each.model for each in entry.models} == {each.model for each in said.values()}
+    theirs = realm.next(said[two], grants={b"u" * 32: 1 << 40})
+    with pytest.raises(CloisterError):  # nobody speaks for another owner
+        await realm.publish(theirs, owner=one, pool=shared.id)
+    again = await Realm.start(MemoryHost(records=realm.host.records))  # and so it is after a restart
+    assert again.service.log.state.owners.get(shared.id) is None
+    assert len(again.service.log.state.models_of(shared.id)) == 2
 
 
 async def test_an_unknown_pool():

@@ -23,8 +23,10 @@ from cloister.core.sealing import Section, seal
 from cloister.core.sealing.header import SealedHeader
 from cloister.core.sealing.unseal import Unsealer
 from cloister.enclave.worker import loading, models
-from cloister.enclave.worker.loading import Built, Opened, Region, build, build_session, open_sealed
+from cloister.enclave.worker import session as sessions
+from cloister.enclave.worker.loading import Region, open_sealed
 from cloister.enclave.worker.models import ModelCache, estimate, slot_name
+from cloister.enclave.worker.session import Built, Opened, build, build_session
 from cloister.errors import CloisterError, InvalidRequest, Overloaded, Tampered
 from enclave.conftest import KEY, Sealed, hosting, onnx_model, restated, seal_model
 from support.realm import MemoryHost
@@ -148,7 +150,7 @@ async def test_what_was_opened_is_plaintext_until_it_is_released(big: Sealed, re
 async def test_nothing_is_read_before_the_last_chunk_verified(
     big: Sealed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "require_safe", lambda graph: pytest.fail("a graph that isn't verified"))
+    monkeypatch.setattr(sessions, "require_safe", lambda graph: pytest.fail("a graph that isn't verified"))
     host = MemoryHost(blobs={big.sealed.blob: altered(big, -1)}, piece=MIB)
     cache = ModelCache(host, budget=1 << 30)  # type: ignore[arg-type]
     with pytest.raises(Tampered):
@@ -411,7 +413,7 @@ def test_large_models_are_not_prepacked(monkeypatch: pytest.MonkeyPatch) -> None
     x = np.random.default_rng(1).standard_normal((5, 64), dtype=np.float32)
     results = []
     for limit, setting in ((1 << 40, None), (1, "1")):
-        monkeypatch.setattr(loading, "PREPACK_LIMIT", limit)
+        monkeypatch.setattr(sessions, "PREPACK_LIMIT", limit)
         session = build_session(memoryview(graph), memoryview(weights))
         options = session.get_session_options()
         if setting:
@@ -454,8 +456,8 @@ def test_a_path_is_refused_also_where_it_exists(
 
 
 def test_another_c_library_loads_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_GLIBC", False)
-    assert loading._allocated() == 0
+    monkeypatch.setattr(sessions, "_GLIBC", False)
+    assert sessions._allocated() == 0
     region = Region(16)
     graph, weights = onnx_model()
     region.view()[:] = weights

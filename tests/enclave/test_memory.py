@@ -18,7 +18,7 @@ SECRET, SHIFT, FACTOR = 1234.5, 1000.25, 3.0
 CHILD = """
 import os, sys
 import numpy as np
-from cloister.enclave.worker.loading import build_session
+from cloister.enclave.worker.session import build_session
 graph = sys.stdin.buffer.read(int(sys.argv[1]))
 session = build_session(memoryview(graph), memoryview(b""), strict=sys.argv[2] == "strict")
 x = np.full((1, int(sys.argv[3])), float(sys.argv[4]), np.float32)

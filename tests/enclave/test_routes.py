@@ -499,8 +499,7 @@ async def test_numbers_that_are_none_are_the_model_s_business(bench):
 
 
 async def test_no_rows(bench):
-    response = await bench.ask(**body({"x": X[:0]}, "y"))
-    assert outputs(response)["y"].shape == (0, 4)
+    await bench.refused(InvalidRequest, "request.shape", **body({"x": X[:0]}, "y"))
 
 
 async def test_many_at_once_get_their_own_answers(bench):
@@ -566,6 +565,17 @@ async def test_a_lease_that_ends_while_the_model_loads(bench):
         return real(live)
 
     bench.cache.use = slow
+    await refused_after_spending(bench, LeaseExpired, "lease-expired")
+
+
+async def test_a_lease_that_ends_in_the_queue(bench):
+    real = bench.scheduler.run
+
+    def slow(place, call):
+        bench.membership.active = False
+        return real(place, call)
+
+    bench.scheduler.run = slow
     await refused_after_spending(bench, LeaseExpired, "lease-expired")
 
 

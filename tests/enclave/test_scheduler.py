@@ -21,9 +21,9 @@ from cloister.enclave.worker import jobs
 from cloister.enclave.worker import scheduler as module
 from cloister.enclave.worker.batching import TRIALS
 from cloister.enclave.worker.jobs import Call, Outcome
-from cloister.enclave.worker.models import TensorSpec
 from cloister.enclave.worker.scheduler import Scheduler
-from cloister.errors import CloisterError, DeadlineExceeded, InvalidRequest, Overloaded
+from cloister.enclave.worker.specs import TensorSpec
+from cloister.errors import CloisterError, DeadlineExceeded, InvalidRequest, LeaseExpired, Overloaded
 from cloister.net.body import Body
 
 pytestmark = pytest.mark.asyncio
@@ -311,6 +311,25 @@ async def test_a_deadline_is_answered_when_it_passes(bench):
     assert bench.model.running == 1  # the thread is still taken
     await settled(bench, held)
     assert bench.model.marks == [-1]
+
+
+@pytest.mark.parametrize("options", [ServingOptions(), SAME, STRICT])
+async def test_what_allowed_a_request_may_end_while_it_waits(bench, options):
+    holder, allowed = await bench.hold(options=options), [True]
+
+    def admit() -> None:
+        if not allowed[0]:
+            raise LeaseExpired(claim="lease")
+
+    waiting = [bench.start(mark, options=options, admit=admit) for mark in (1, 2, 3)]
+    await until(lambda: sum(lane.jobs for lane in bench.scheduler._lanes.values()) == 4)
+    allowed[0] = False
+    bench.model.gate.set()
+    results = await settled(bench, *waiting)
+    assert list(map(code, results)) == ["lease-expired"] * 3
+    await holder
+    assert bench.model.marks == [-1], "none of them ran"
+    await until(bench.empty)
 
 
 async def test_a_deadline_that_passed_before_the_queue(bench):
@@ -833,7 +852,7 @@ async def test_batches_settle_where_they_pay_and_nowhere_else(bench_of, pays):
         assert np.mean(rows) > 6
     else:
         assert changes == []
-        assert np.mean(rows) < 1.2
+        assert np.mean(rows) < 2, "looks alone"
 
 
 async def test_lanes_are_bounded(bench, monkeypatch):

@@ -1,4 +1,4 @@
-"""``cloister pool``: the operator's pools, each for one owner, with what its workers must be."""
+"""``cloister pool``: the operator's pools, each for one owner or shared, with what its workers must be."""
 
 from __future__ import annotations
 
@@ -42,9 +42,20 @@ def create(
         typer.Option(help="What workers must be (appraisal policy, TOML); by default this machine's."),
     ] = None,
     tee: Annotated[Tee, typer.Option(help="TEE that this machine's workers simulate.")] = "sgx",
+    shared: Annotated[
+        bool,
+        typer.Option("--shared", help="For several owners, each in a child process; users must consent."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Create a pool, so that workers may join it; the same one again changes nothing."""
+    if shared and owner is not None:
+        raise UsageError(
+            "a shared pool is for no owner alone",
+            claim="--owner",
+            expected="none with --shared",
+            actual=owner,
+        )
     from cloister.party.carry import Carrier
     from cloister.sim.measurement import measure
 
@@ -55,6 +66,7 @@ def create(
         policy=reference_policy(measure("worker"), site.roots(), tee)
         if policy is None
         else read_appraisal_policy(policy, "pool policy"),
+        shared=shared,
     )
     carrier = Carrier(url)
     try:
@@ -64,9 +76,9 @@ def create(
         carrier.close()
     if not (site.user_policy.exists() and site.model_policy.exists()):  # where no `cloister up` wrote them
         write_policies(site, trust.service, trust.key_service, definition.policy)
-    facts = {"pool": definition.id.hex(), "name": name, "owner": owner or "the first to publish"}
+    facts = {"pool": definition.id.hex(), "name": name, "owner": owner or _nobody(definition)}
     if as_json:
-        print_json({**facts, "owner": owner})
+        print_json({**facts, "owner": owner, "shared": shared})
         return
     for key, value in facts.items():
         console.print(f"{key:>8}  {value}")
@@ -90,6 +102,7 @@ def list_pools(data: Data = Path("var"), as_json: AsJson = False) -> None:
             "name": entry.pool.name,
             "pool": entry.pool.id.hex(),
             "tee": entry.pool.policy.tee or "several",
+            "shared": entry.pool.shared,
             "owner": entry.owner.hex() if entry.owner else None,
             "models": [served.model for served in entry.models],
             "workers": working[entry.pool.id.hex()],
@@ -103,10 +116,21 @@ def list_pools(data: Data = Path("var"), as_json: AsJson = False) -> None:
         f"Pools of service {verified.document.service.hex()}",
         ("name", "pool", "tee", "owner", "models", "workers"),
         [
-            (p["name"], p["pool"], p["tee"], p["owner"] or "none yet", len(entry.models), p["workers"])
+            (
+                p["name"],
+                p["pool"],
+                p["tee"],
+                p["owner"] or ("shared" if entry.pool.shared else "none yet"),
+                len(entry.models),
+                p["workers"],
+            )
             for p, entry in zip(pools, verified.document.pools, strict=True)
         ],
     )
+
+
+def _nobody(pool: Pool) -> str:
+    return "each that publishes" if pool.shared else "the first to publish"
 
 
 def found_pool(site: Site, carrier: Carrier, trust: Trust, creation: PoolCreation) -> None:

@@ -47,6 +47,8 @@ MAX_PREPARED: Final = 8  # models for which one waits
 RETRY_PAUSES: Final = (0.05, 0.2, 0.5, 1.0)  # seconds before each further attempt
 SHARED_PAUSE: Final = 0.005  # seconds between looks at a verification that another task makes
 _MODELS: Final = b"/v2/models/"
+# A model that fits no worker won't fit in a second; and nobody wants to wait five times as long.
+_FINAL: Final = frozenset({"overloaded.model", "transport.timeout"})
 _STALE: Final = frozenset({"access.statement", "binding.epoch", "binding.request"})
 
 
@@ -156,8 +158,8 @@ class Session:
             except DeadlineExceeded:
                 raise  # another attempt would have a deadline of its own
             except Unavailable as error:
-                if error.code == "transport.timeout":
-                    raise  # five times as long isn't what anybody wants to wait
+                if error.code in _FINAL:
+                    raise
                 failure = error
             except (AccessRefused, BindingRefused, NotFound) as error:
                 # The enclave may hold a newer document than we; a cache on the way may lag behind.

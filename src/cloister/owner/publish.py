@@ -54,7 +54,8 @@ class Publisher(Connection):
             name: A model on the desk.
             policy: Who may hold its key, and how it may be served.
             sealed_file: What `seal_model` wrote.
-            pool: The pool that shall serve it; by default the owner's own, or the only one there is.
+            pool: The pool that shall serve it; by default the owner's own, or the only one there is where
+                it isn't shared.
             progress: Called with bytes uploaded so far and in all.
 
         Raises:
@@ -202,7 +203,7 @@ class Publisher(Connection):
         ours = [entry.pool.id for entry in pools if entry.owner == self._desk.owner]
         if len(ours) == 1:
             return ours[0]
-        if len(pools) != 1:
+        if len(pools) != 1 or pools[0].pool.shared:  # nobody gets into a shared pool without saying so
             raise UsageError(
                 "say which pool shall serve the model",
                 code="owner.pool",

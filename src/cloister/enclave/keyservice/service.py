@@ -124,8 +124,6 @@ class KeyService:
         """
         self._require_current(None)
         pool = creation.pool
-        if pool.shared:  # a shared pool promises a child process to each owner, which workers don't have yet
-            raise InvalidRequest(code="request.shared-pool", claim="shared pool", expected=False, actual=True)
         if pool.policy.anchors.digest != self._configuration.anchors.digest:
             raise AppraisalRefused(
                 "the pool's policy names another trust anchor than this service was configured with",

@@ -8,7 +8,8 @@ from urllib.parse import unquote_to_bytes
 
 from cloister.core import oip
 from cloister.core.ohttp import bhttp
-from cloister.enclave.worker.models import LoadedModel, TensorSpec
+from cloister.enclave.worker.models import LoadedModel
+from cloister.enclave.worker.specs import TensorSpec
 from cloister.errors import FormatError, NotFound
 
 JSON: Final = b"application/json"

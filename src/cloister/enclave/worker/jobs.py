@@ -30,6 +30,7 @@ class Call:
         outputs: Names of the wanted ones; empty for all.
         deadline: Monotonic seconds by which it must have begun.
         shareable: Whether its user allows a batch with others.
+        admit: Raises where it may not run any more; is called when its turn has come, in any thread.
     """
 
     name: Hashable
@@ -39,6 +40,7 @@ class Call:
     outputs: tuple[str, ...] = ()
     deadline: float = math.inf
     shareable: bool = False
+    admit: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

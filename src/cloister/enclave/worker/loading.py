@@ -1,19 +1,15 @@
 """Sealed models into enclave memory: opened as they arrive, and used by ONNX Runtime where they lie.
 
 The plaintext of a model is in one place, a `Region`: anonymous memory of this process alone, that no path
-leads to. There is no file, no descriptor and no mount, so a graph can't name anything but its own weights.
-ONNX Runtime (1.31) borrows the weights there (``session.use_external_initializer_file_buffers_directly``)
-and copies what it stores in another form.
+leads to. There is no file, no descriptor and no mount, so a graph can't name anything but its own weights,
+which ONNX Runtime borrows there (`session`). In a shared pool it is memory that the owner's child process
+maps too, to read (`memories`).
 
 1. The loop collects ciphertext into one of two buffers while a thread opens the other: back-pressure is one
    piece, and other requests go on. A second thread has the kernel populate memory ahead.
 2. Nothing is looked at before the last chunk and the whole verified (`Unsealer.finish`).
-3. The graph is checked, then the session is built, one at a time in a process.
+3. The session is built (`session`).
 4. The region lives as long as the native session, whoever holds it, and is wiped behind it.
-
-While a session is built, the C library gives every freed tensor back to the system at once. By default glibc
-raises its threshold with each large block that is freed, and the tensors that ONNX Runtime replaces would
-stay in the process (ResNet50: 386 MB instead of 250).
 """
 
 from __future__ import annotations
@@ -21,40 +17,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import mmap
 import threading
-import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import onnxruntime as ort
 
 from cloister.core.model import WEIGHTS
 from cloister.core.sealing.header import PREFIX_SIZE, SealedHeader, header_size
 from cloister.core.sealing.unseal import Unsealer
 from cloister.core.secret import Secret
-from cloister.enclave.memory import overwrite_freed
-from cloister.enclave.worker.graph import require_safe
-from cloister.errors import FormatError, InvalidRequest, Overloaded, Tampered
+from cloister.enclave.worker.session import Opened
+from cloister.errors import FormatError, Overloaded, Tampered
 
 PIECE: Final = 1 << 20  # bytes of ciphertext that a thread opens at once
-
-# Bytes of weights from which matrices aren't kept a second time in the order that ONNX Runtime's kernels
-# prefer ("prepacking"). Below, outputs are identical to the bit to those of ONNX Runtime's defaults.
-PREPACK_LIMIT: Final = 256 << 20
 
 _libc: Final = ctypes.CDLL(None)
 _POPULATE_WRITE: Final = 23  # madvise(2)
 _STEP: Final = 16 << 20  # bytes of memory to have ready before the next chunks are opened
-
-_build_lock: Final = threading.Lock()  # the allocator's settings and its count are the process's
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE: Final = 64 << 10  # bytes; while building, a block from this size on is a mapping of its own
-_USUAL: Final = 32 << 20  # bytes; what glibc's own threshold rises to
 
 
 class Region:
@@ -76,7 +58,7 @@ class Region:
         self.written = 0
         self._lock = threading.Lock()
         try:
-            self._memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory = self._map(max(size, 1))
         except OSError as error:
             self.released = True
             raise Overloaded(
@@ -87,9 +69,19 @@ class Region:
         pages = np.frombuffer(self._memory, np.uint8)
         self._address = int(pages.__array_interface__["data"][0])
 
+    def _map(self, size: int) -> mmap.mmap:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
     def view(self) -> memoryview:
         """All of it, to write to."""
         return memoryview(self._memory)[: self.size]
+
+    def place(self, part: memoryview) -> tuple[int, int]:
+        """Where a view of a part of it begins and ends."""
+        if not len(part):
+            return 0, 0
+        start = int(np.frombuffer(part, np.uint8).__array_interface__["data"][0]) - self._address
+        return start, start + len(part)
 
     def populate(self, start: int, length: int) -> None:
         """Have the kernel give these pages now; ``start`` is a page's. Without effect before Linux 5.14."""
@@ -112,33 +104,13 @@ class Region:
         self.release()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """A verified model: its graph and weights, which lie in ``region``."""
-
-    region: Region
-    graph: memoryview
-    weights: memoryview
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
-    """A session that borrows ``region``.
-
-    Attributes:
-        session: As long as its native part lives, so does the region.
-        region: Released behind it.
-        memory: Bytes that the model takes: its plaintext, and what ONNX Runtime allocated and kept while the
-            session was made. What a run allocates isn't in it.
-    """
-
-    session: ort.InferenceSession
-    region: Region
-    memory: int
-
-
 async def open_sealed(
-    pieces: AsyncIterator[memoryview], *, key: Secret, digest: bytes, admit: Callable[[SealedHeader], None]
+    pieces: AsyncIterator[memoryview],
+    *,
+    key: Secret,
+    digest: bytes,
+    admit: Callable[[SealedHeader], None],
+    take: Callable[[int], Region] | None = None,
 ) -> Opened:
     """Open a sealed model as it arrives; where that fails or is cancelled, nothing of it is left.
 
@@ -147,6 +119,7 @@ async def open_sealed(
         key: The model key.
         digest: Of the header, as the owner's statement has it.
         admit: Refuses a header by raising; called before memory is taken.
+        take: Takes memory of so many bytes; a `Region` by default.
 
     Raises:
         FormatError: no header of a sealed model, or sections other than graph and weights.
@@ -158,7 +131,7 @@ async def open_sealed(
         header = SealedHeader.from_bytes(raw)
         header.require(digest)
         admit(header)
-        region = Region(header.size)
+        region = (take or Region)(header.size)
         try:
             with Unsealer(key, header, digest=digest, into=region.view()) as unsealer:
                 feeder = _Feeder(unsealer, region, executor)
@@ -259,109 +232,3 @@ def _require_sections(region: Region, sections: dict[str, memoryview]) -> Opened
             actual=", ".join(sections),
         )
     return Opened(region=region, graph=sections["graph"], weights=sections[WEIGHTS])
-
-
-def build(opened: Opened, *, strict: bool = False) -> Built:
-    """Check the graph and build the session; blocking. Where that fails, the plaintext is wiped.
-
-    Args:
-        opened: The model.
-        strict: Whether runs shall leave nothing behind in ONNX Runtime's memory.
-
-    Raises:
-        FormatError, InvalidRequest: as `require_safe`, and where ONNX Runtime refuses it (``model.load``).
-    """
-    region = opened.region
-    try:
-        with _build_lock, _returning_memory():
-            _start_runtime()
-            before = _allocated()
-            session = build_session(opened.graph, opened.weights, strict=strict)
-            taken = max(0, _allocated() - before)
-    except BaseException:
-        region.release()
-        raise
-    # The wrapper may go before the native session does, which is what reads the region.
-    keeper = weakref.finalize(getattr(session, "_sess", session), region.release)
-    keeper.atexit = False  # threads may still be running it
-    return Built(session=session, region=region, memory=region.size + taken)
-
-
-def build_session(graph: memoryview, weights: memoryview, *, strict: bool = False) -> ort.InferenceSession:
-    """Build a session that borrows ``weights``: the caller keeps them, unchanged, while the session lives.
-
-    Raises:
-        FormatError, InvalidRequest: as `build`.
-    """
-    require_safe(graph)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    if strict:  # an arena would keep one request's intermediate results for the next; now a run frees them
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        overwrite_freed()
-    # Else bytes that `require_safe` reads as a protocol buffer could be loaded as ONNX Runtime's own format.
-    options.add_session_config_entry("session.load_model_format", "ONNX")
-    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
-    if len(weights) >= PREPACK_LIMIT:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        if len(weights):
-            options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
-        return ort.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
-    except Exception:
-        raise InvalidRequest(
-            "ONNX Runtime does not load the model",
-            code="model.load",
-            claim="model",
-            expected="a loadable graph",
-        ) from None
-
-
-# A graph of one Identity, opset 21: field numbers as in `graph`.
-_IDENTITY: Final = (
-    b'\x08\n:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
-    b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x15"
-)
-
-
-@functools.cache
-def _start_runtime() -> None:
-    """Let ONNX Runtime allocate what a process has once, so that no model is charged for it."""
-    build_session(memoryview(_IDENTITY), memoryview(b""))
-
-
-class _MallocInfo(ctypes.Structure):
-    """glibc's ``struct mallinfo2``, malloc.h."""
-
-    _fields_ = [(f"field{index}", ctypes.c_size_t) for index in range(10)]
-
-
-_GLIBC: Final = hasattr(_libc, "mallinfo2") and hasattr(_libc, "malloc_trim")
-if _GLIBC:
-    _libc.mallinfo2.restype = _MallocInfo
-
-
-def _allocated() -> int:
-    """Bytes that the C library's allocator has given out; 0 where it can't say."""
-    if not _GLIBC:
-        return 0
-    found = _libc.mallinfo2()
-    return int(found.field7) + int(found.field4)  # uordblks, hblkhd
-
-
-@contextlib.contextmanager
-def _returning_memory() -> Iterator[None]:
-    """Give freed blocks back to the system at once."""
-    if not _GLIBC:
-        yield
-        return
-    _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-    try:
-        yield
-    finally:
-        _libc.mallopt(_M_MMAP_THRESHOLD, _USUAL)
-        _libc.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL)
-        _libc.malloc_trim(ctypes.c_size_t(0))

@@ -14,6 +14,7 @@ from cloister.enclave.attester import Attester
 from cloister.enclave.clock import HintedClock
 from cloister.enclave.link import HostLink
 from cloister.enclave.server import EnclaveServer
+from cloister.enclave.worker.isolation import Children
 from cloister.enclave.worker.membership import Membership
 from cloister.enclave.worker.models import ModelCache, slot_name
 from cloister.enclave.worker.routes import WorkerRoutes
@@ -115,9 +116,13 @@ async def serve(
     """Serve until ``stop`` is set."""
     settings, clock = configuration.settings, HintedClock()
     membership = Membership(link, attester, configuration, clock)
-    models = ModelCache(link, budget=settings["memory_mib"] << 20)
+    children = Children(threads=settings["threads"]) if membership.pool.shared else None
+    models = ModelCache(link, budget=settings["memory_mib"] << 20, children=children)
     worker = Worker(membership, models)
-    with Scheduler(threads=settings["threads"], queue=settings["queue"]) as scheduler:
+    with (
+        contextlib.nullcontext() if children is None else contextlib.closing(children),
+        Scheduler(threads=settings["threads"], queue=settings["queue"]) as scheduler,
+    ):
         routes = WorkerRoutes(membership, models, clock, scheduler, refresh=worker.refresh)
         worker.server = EnclaveServer(routes, renew=worker.refresh, encrypted=routes.ladder.encrypted)
         gets = {b"/healthz": worker.health, b"/stages": routes.ladder.answer}

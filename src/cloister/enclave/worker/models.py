@@ -5,73 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
-import numpy as np
-import onnxruntime as ort
-
-from cloister.core.model import DATATYPES
-from cloister.core.model import TensorSpec as Spec
-from cloister.core.oip import DTYPES, Array
-from cloister.core.protocol.statement import SealedModel, Statement
+from cloister.core.oip import Array
+from cloister.core.protocol.statement import SealedModel, Statement, owner_of
 from cloister.core.sealing.header import SealedHeader
 from cloister.enclave.link import HostLink
 from cloister.enclave.worker import bfloat16
-from cloister.enclave.worker.loading import PREPACK_LIMIT, Region, build, open_sealed
+from cloister.enclave.worker.isolation import BASE_MEMORY, Children, RemoteModel
+from cloister.enclave.worker.loading import Region, open_sealed
 from cloister.enclave.worker.membership import LiveModel
-from cloister.errors import BindingRefused, InvalidRequest, Overloaded
+from cloister.enclave.worker.session import PREPACK_LIMIT, Built, Memory, build
+from cloister.enclave.worker.shared import SharedRegion
+from cloister.enclave.worker.specs import TensorSpec
+from cloister.errors import BindingRefused, InvalidRequest, Overloaded, Unavailable
 
 MAX_KNOWN: Final = 4096  # models whose memory is remembered
-
-# ONNX Runtime's names of tensor types, as the Open Inference Protocol has them.
-_DATATYPES: Final = {f"tensor({kind.lower()})": name for kind, name in DATATYPES.items()}
-
-
-class TensorSpec(Spec):
-    """An input or output of a session."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, argument: Any) -> TensorSpec:
-        """The spec of an ONNX Runtime argument."""
-        shape = tuple(side if isinstance(side, int) else -1 for side in argument.shape)
-        return cls(name=argument.name, datatype=_DATATYPES.get(argument.type, argument.type), shape=shape)
-
-    def require(self, array: Array) -> Array:
-        """Refuse an array of another datatype or shape; gives the array as the session takes it.
-
-        Raises:
-            InvalidRequest: which names the input, the expected and the actual value.
-        """
-        wanted = DTYPES.get(self.datatype)
-        if wanted is None or array.dtype != wanted:
-            raise InvalidRequest(
-                code="request.datatype",
-                claim=f"datatype of {self.name}",
-                expected=self.datatype,
-                actual=array.dtype,
-            )
-        fits = len(array.shape) == len(self.shape) and all(
-            want in (-1, have) for want, have in zip(self.shape, array.shape, strict=True)
-        )
-        if not fits:
-            raise InvalidRequest(
-                code="request.shape", claim=f"shape of {self.name}", expected=self.shape, actual=array.shape
-            )
-        if self.datatype == "BYTES":
-            try:
-                return (
-                    np.vectorize(lambda item: item.decode(), otypes=[object])(array) if array.size else array
-                )
-            except UnicodeDecodeError as error:
-                raise InvalidRequest(
-                    code="request.data", claim=f"data of {self.name}", expected="UTF-8"
-                ) from error
-        return array
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,7 +32,8 @@ class LoadedModel:
     """A session, and what it took to get it.
 
     Attributes:
-        session: Shared by every request; its `run` releases the GIL.
+        session: Shared by every request: an `ort.InferenceSession`, whose `run` releases the GIL, or a
+            `RemoteModel` in the owner's child process.
         inputs: By name.
         outputs: In the graph's order.
         open_seconds: What fetching and opening it took.
@@ -87,35 +41,71 @@ class LoadedModel:
         memory: Bytes that it takes (`Built.memory`).
         region: Where its weights lie, until nobody holds the session any more.
         has_bfloat16: Whether an input or output is of the type that NumPy doesn't have.
+        remote: Whether it runs in a child process, which may end.
     """
 
-    session: ort.InferenceSession
+    session: Any
     inputs: dict[str, TensorSpec]
     outputs: tuple[TensorSpec, ...]
     open_seconds: float
     build_seconds: float
     memory: int = 0
-    region: Region | None = None
+    region: Memory | None = None
     has_bfloat16: bool = field(init=False)
+    remote: bool = field(init=False)
 
     def __post_init__(self) -> None:
         specs = (*self.inputs.values(), *self.outputs)
-        self.has_bfloat16 = any(spec.datatype == "BF16" for spec in specs)
+        self.remote = isinstance(self.session, RemoteModel)
+        self.has_bfloat16 = not self.remote and any(spec.datatype == "BF16" for spec in specs)
+
+    @classmethod
+    def of(cls, built: Built, *, open_seconds: float, build_seconds: float) -> LoadedModel:
+        """The model of a session."""
+        session = built.session
+        if isinstance(session, RemoteModel):
+            inputs, outputs = session.inputs, session.outputs
+        else:
+            inputs = tuple(map(TensorSpec.of, session.get_inputs()))
+            outputs = tuple(map(TensorSpec.of, session.get_outputs()))
+        return cls(
+            session=session,
+            inputs={spec.name: spec for spec in inputs},
+            outputs=outputs,
+            open_seconds=open_seconds,
+            build_seconds=build_seconds,
+            memory=built.memory,
+            region=built.region,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can run; False once its child process ended."""
+        return not self.remote or bool(self.session.alive)
 
     def run(self, inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
-        """Run the model; blocking. Raises InvalidRequest where ONNX Runtime refuses the input."""
+        """Run the model; blocking.
+
+        Raises:
+            InvalidRequest: ONNX Runtime refuses the input.
+            Unavailable: the child process that runs it ended, or there is no memory for the tensors.
+        """
         names = list(outputs) or [spec.name for spec in self.outputs]
         try:
             if self.has_bfloat16:
                 results = bfloat16.run(self.session, names, inputs)
             else:
                 results = self.session.run(names, inputs)
+        except Unavailable:
+            raise
         except Exception:
             raise InvalidRequest(
                 "the model fails on this input",
                 code="request.execution",
                 claim="execution",
                 expected="outputs",
+                actual="a failure of ONNX Runtime's",
+                hint="Check that sides which belong together agree, such as the rows of each input",
             ) from None
         return dict(zip(names, results, strict=True))
 
@@ -152,15 +142,18 @@ class ModelCache:
 
     Args:
         link: Where sealed models come from.
-        budget: Bytes that models may take.
+        budget: Bytes that models may take, child processes included.
+        children: Of a shared pool's owners, where models run in them; owned by the caller.
     """
 
-    def __init__(self, link: HostLink, *, budget: int) -> None:
+    def __init__(self, link: HostLink, *, budget: int, children: Children | None = None) -> None:
         self._link = link
         self._budget = budget
+        self._children = children
+        self._base = BASE_MEMORY if children is not None else 0  # bytes of each owner's process
         self._slots: OrderedDict[SlotName, _Slot] = OrderedDict()
         self._known: OrderedDict[SlotName, int] = OrderedDict()  # bytes that they took when last built
-        self._leaving: list[tuple[Region, int]] = []  # dropped, and maybe still run by somebody
+        self._leaving: list[tuple[Memory, int]] = []  # dropped, and maybe still run by somebody
         self._freeing: set[asyncio.Future[None]] = set()
 
     @asynccontextmanager
@@ -172,6 +165,8 @@ class ModelCache:
         slot.users += 1
         try:
             async with slot.lock:
+                if slot.model is not None and not slot.model.alive:
+                    self._free(slot)
                 fresh = slot.model is None
                 if slot.model is None:
                     slot.model = await self._load(live)
@@ -207,68 +202,83 @@ class ModelCache:
     def held(self) -> int:
         """Bytes that models take now, or are about to; those that were dropped until they are gone."""
         self._leaving = [each for each in self._leaving if not each[0].released]
-        return sum(slot.size for slot in self._slots.values()) + sum(size for _, size in self._leaving)
+        return self._taken() + sum(size for _, size in self._leaving)
 
     async def _load(self, live: LiveModel) -> LoadedModel:
         if self._freeing:
             await asyncio.wait(set(self._freeing))
-        sealed, started = live.statement.sealed_model, time.monotonic()
-        opened = await open_sealed(
-            self._link.blob(sealed.blob, sealed.size),
-            key=live.key,
-            digest=sealed.header,
-            admit=lambda header: _admit(header, live),
-        )
-        arrived = time.monotonic()
-        try:
-            strict = live.statement.options.isolation == "strict"
-            built = await asyncio.to_thread(build, opened, strict=strict)
-        except asyncio.CancelledError:  # the thread goes on, and then nobody holds the session
-            self._leaving.append((opened.region, opened.region.size))
-            raise
-        return LoadedModel(
-            session=built.session,
-            inputs={spec.name: spec for spec in map(TensorSpec.of, built.session.get_inputs())},
-            outputs=tuple(map(TensorSpec.of, built.session.get_outputs())),
-            open_seconds=arrived - started,
-            build_seconds=time.monotonic() - arrived,
-            memory=built.memory,
-            region=built.region,
-        )
+        with self._place(live.statement) as (take, make):
+            sealed, started = live.statement.sealed_model, time.monotonic()
+            opened = await open_sealed(
+                self._link.blob(sealed.blob, sealed.size),
+                key=live.key,
+                digest=sealed.header,
+                admit=lambda header: _admit(header, live),
+                take=take,
+            )
+            arrived = time.monotonic()
+            try:
+                strict = live.statement.options.isolation == "strict"
+                built = await asyncio.to_thread(make, opened, strict=strict)
+            except asyncio.CancelledError:  # the thread goes on, and then nobody holds the session
+                self._leaving.append((opened.region, opened.region.size))
+                raise
+        return LoadedModel.of(built, open_seconds=arrived - started, build_seconds=time.monotonic() - arrived)
+
+    @contextmanager
+    def _place(self, statement: Statement) -> Iterator[tuple[Callable[[int], Region], Callable[..., Built]]]:
+        """How to take memory for a model, and how to build it: here, or in its owner's child process."""
+        if self._children is None:
+            yield Region, build
+            return
+        with self._children.hold(statement.owner) as child:  # it starts while the model arrives
+            yield SharedRegion, partial(self._children.build, statement.owner, child)
+
+    def _taken(self, *wanted: SlotName) -> int:
+        """Bytes of all slots, and of the child processes of their owners, that of a wanted one included."""
+        owners = {owner_of(name[0]) for name in (*self._slots, *wanted)} if self._base else ()
+        return sum(slot.size for slot in self._slots.values()) + self._base * len(owners)
 
     def _weigh(self, name: SlotName, slot: _Slot, memory: int) -> None:
-        """Count what the model turned out to take; raises Overloaded, and lets it go, if that's too much."""
-        self._known[name] = slot.size = memory
+        """Count what the model turned out to take; raises Overloaded, and lets it go, if that's too much.
+
+        What others' runs allocated meanwhile is counted with it, so of several loads the least is remembered,
+        and none that was refused.
+        """
+        slot.size = min(memory, self._known.get(name, memory))
+        try:
+            self._make_room(name, 0, slot.size)
+        except Overloaded:
+            self._known.pop(name, None)
+            self._free(slot)
+            raise
+        self._known[name] = slot.size
         self._known.move_to_end(name)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
-        try:
-            self._make_room(0, memory)
-        except Overloaded:
-            self._free(slot)
-            raise
 
     def _reserve(self, name: SlotName, sealed: SealedModel) -> _Slot:
         """Take room for a model, from the idle ones that were used longest ago; raises Overloaded."""
         known = self._known.get(name)
         # An estimate alone refuses no model that might fit.
-        size = known or max(sealed.size, min(estimate(sealed.size), self._budget))
-        self._make_room(size, size)
+        size = known or max(sealed.size, min(estimate(sealed.size), self._budget - self._base))
+        self._make_room(name, size, size)
         slot = self._slots[name] = _Slot(size=size)
         return slot
 
-    def _make_room(self, more: int, size: int) -> None:
+    def _make_room(self, wanted: SlotName, more: int, size: int) -> None:
         """Drop idle models until ``more`` bytes fit, for a model of ``size`` in all; raises Overloaded."""
-        if size > self._budget:
+        if (size := size + self._base) > self._budget:
             raise Overloaded(
                 "the model is larger than the worker's memory budget",
-                code="overloaded.memory",
+                code="overloaded.model",
                 claim="model size",
                 expected=f"at most {self._budget} B",
                 actual=f"{size} B",
+                hint="The operator can give workers more (memory_mib): about twice the weights is needed",
             )
         idle = (name for name, slot in list(self._slots.items()) if not slot.users)
-        while sum(slot.size for slot in self._slots.values()) + more > self._budget:
+        while self._taken(wanted) + more > self._budget:
             name = next(idle, None)
             if name is None:
                 raise Overloaded(

@@ -18,6 +18,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from cloister.core import oip
@@ -232,6 +233,7 @@ class WorkerRoutes:
             outputs=inference.outputs,
             deadline=_deadline(asked.request),
             shareable=asked.signed.allow_cross_user_batching,
+            admit=partial(self._require_live, statement.model, asked.live),
         )
         return await self._scheduler.run(asked.place, call)
 

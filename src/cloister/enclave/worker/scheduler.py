@@ -30,8 +30,9 @@ from typing import Final
 from cloister.core.oip import Array
 from cloister.enclave.worker import batching
 from cloister.enclave.worker.batching import wipe_arrays
+from cloister.enclave.worker.isolation import cpu_seconds
 from cloister.enclave.worker.jobs import Call, Job, Lane, Outcome, Place, Places, State, Turns
-from cloister.errors import DeadlineExceeded, Overloaded
+from cloister.errors import CloisterError, DeadlineExceeded, Overloaded, Unavailable
 from cloister.net.body import Body
 
 MAX_LANES: Final = 4096  # models that are remembered, with what is known of their batches
@@ -47,9 +48,7 @@ class Scheduler:
         processor: Seconds of processor time of the thread that asks: what others take doesn't count.
     """
 
-    def __init__(
-        self, *, threads: int, queue: int, processor: Callable[[], float] = time.thread_time
-    ) -> None:
+    def __init__(self, *, threads: int, queue: int, processor: Callable[[], float] = cpu_seconds) -> None:
         self._wanted = threads
         self._processor = processor
         self._threads: list[threading.Thread] = []
@@ -333,8 +332,8 @@ class Scheduler:
     def _execute(self, job: Job) -> None:
         call = job.call
         job.started = time.monotonic()
-        if job.started > call.deadline:
-            job.error = _too_late()
+        if (refusal := _refusal(call, job.started)) is not None:
+            job.error = refusal
             return
         began = self._processor() if job.group is not None else 0.0
         try:
@@ -353,7 +352,7 @@ class Scheduler:
 
     def _run_batch(self, jobs: list[Job]) -> None:
         """Run a batch; where it fails, each request alone."""
-        jobs = self._in_time(jobs)
+        jobs = self._admitted(jobs)
         if not jobs:
             return
         lane, call = jobs[0].lane, jobs[0].call
@@ -375,13 +374,15 @@ class Scheduler:
             job.started, job.ended, job.outputs, job.batch = started, ended, outputs, len(jobs)
         self._deliver(jobs)
 
-    def _in_time(self, jobs: list[Job]) -> list[Job]:
-        """Those whose deadline hasn't passed; the others are told."""
-        now = time.monotonic()
-        in_time = [job for job in jobs if job.call.deadline >= now]
-        for job in set(jobs).difference(in_time):
-            self._fail([job], _too_late())
-        return in_time
+    def _admitted(self, jobs: list[Job]) -> list[Job]:
+        """Those that may still run; the others are told."""
+        now, admitted = time.monotonic(), []
+        for job in jobs:
+            if (refusal := _refusal(job.call, now)) is None:
+                admitted.append(job)
+            else:
+                self._fail([job], refusal)
+        return admitted
 
     def _run_each(self, jobs: list[Job]) -> None:
         """After a batch that failed. Where none of its requests fails alone, the model can't be batched."""
@@ -415,6 +416,8 @@ class Scheduler:
         began = self._processor()
         try:
             outputs = call.model.run(joined, call.outputs)
+        except Unavailable:
+            return  # its child process ended, which says nothing about batches
         except Exception:
             self._refuse_batches(lane)
             return
@@ -448,6 +451,17 @@ class Scheduler:
 def _refuse(job: Job, error: Overloaded | DeadlineExceeded) -> None:
     if not job.future.done():  # it was cancelled in this round of the loop
         job.future.set_exception(error)
+
+
+def _refusal(call: Call, now: float) -> CloisterError | None:
+    """Why a call may not begin any more: its deadline passed, or what allowed it ended."""
+    if now > call.deadline:
+        return _too_late()
+    try:
+        call.admit()
+    except CloisterError as error:
+        return error
+    return None
 
 
 def _too_late() -> DeadlineExceeded:
