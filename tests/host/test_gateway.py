@@ -280,6 +280,110 @@ def test_a_body_is_passed_on_while_it_arrives_once_enough_of_it_is_there(go: Go,
     go(main())
 
 
+def test_uploads_that_halt_occupy_few_connections_to_workers_and_keep_nobody_out(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloister.host.gateway.forward.MAX_EARLY", 3)
+
+    async def main() -> None:
+        began = 0
+
+        async def handler(head: Head, body: Body) -> Answer:
+            nonlocal began
+            await body.more(0)
+            began += 1
+            return Answer(body=bytes((await body.whole())[:4]))
+
+        async with house(tmp_path) as home:
+            await home.worker("w", handler)
+            stalled = [Body(600_000) for _ in range(10)]
+            asking = []
+            for body in stalled:
+                body.view[:] = b"late" + bytes(599_996)
+                body.advance(300_000)
+                asking.append(
+                    asyncio.ensure_future(home.public.request(b"POST", b"/ohttp", FIELDS, body, timeout=10))
+                )
+            await asyncio.sleep(0.1)
+            assert began == 3
+            for _ in range(3):
+                assert (await home.post(b"okay" + bytes(600_000))).body == b"okay"
+            assert began == 6
+            for body in stalled:
+                body.advance(300_000)
+            assert {bytes(each.body) for each in await asyncio.gather(*asking)} == {b"late"}
+            assert home.gateway._forwarder is not None
+            assert home.gateway._forwarder._early == set()
+
+    go(main())
+
+
+def test_an_upload_that_halts_gives_its_connection_to_a_worker_back(go: Go, tmp_path: Path) -> None:
+    async def main() -> None:
+        failures: list[str] = []
+
+        async def handler(head: Head, body: Body) -> Answer:
+            try:
+                await body.whole()
+            except TransportError as error:
+                failures.append(error.code)
+                raise
+            return Answer()
+
+        async with house(tmp_path, limits=Limits(stall_timeout=0.1)) as home:
+            front = await home.worker("w", handler)
+            body = Body(600_000)
+            body.advance(300_000)
+            answer = await home.public.request(b"POST", b"/ohttp", FIELDS, body, timeout=5)
+            assert answer.status == 408
+            await asyncio.sleep(0.05)
+            assert failures == ["transport.closed"]
+            assert front.connections == 0
+            assert [each.in_flight for each in home.gateway.registry.workers(0)] == [0]
+
+    go(main())
+
+
+@pytest.mark.parametrize("status", [400, 413, 503])
+def test_a_refusal_is_passed_on_before_the_upload_ends(go: Go, tmp_path: Path, status: int) -> None:
+    async def main() -> None:
+        async def refuse(head: Head, body: Body) -> Answer:
+            return Answer(status=status, body=b"no", fields=[(b"retry-after", b"3")])
+
+        async with house(tmp_path) as home:
+            await home.worker("w", refuse)
+            body = Body(600_000)
+            body.advance(300_000)
+            asking = home.public.request(b"POST", b"/ohttp", FIELDS, body, timeout=30)
+            answer = await asyncio.wait_for(asking, 2)
+            assert (answer.status, answer.body) == (status, b"no")
+            assert answer.field(b"retry-after") == b"3"
+            assert home.public._idle == []
+
+    go(main())
+
+
+def test_a_worker_that_dies_ends_a_request_whose_upload_halts(go: Go, tmp_path: Path) -> None:
+    async def main() -> None:
+        class Dying(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                self.transport = transport
+
+            def data_received(self, data: bytes) -> None:
+                self.transport.abort()  # type: ignore[attr-defined]
+
+        async with house(tmp_path) as home:
+            server = await asyncio.get_running_loop().create_unix_server(Dying, str(tmp_path / "w"))
+            await home.register("w")
+            body = Body(600_000)
+            body.advance(300_000)
+            asking = home.public.request(b"POST", b"/ohttp", FIELDS, body, timeout=30)
+            assert code(await asyncio.wait_for(asking, 2)) == (502, "transport.closed")
+            server.close()
+
+    go(main())
+
+
 def test_what_a_worker_answers_passes_through(go: Go, tmp_path: Path) -> None:
     async def main() -> None:
         @whole

@@ -18,15 +18,18 @@ class Body:
 
     One task waits at a time. `len` gives the declared length in bytes; `view` has that length at once, and
     only its first `received` bytes mean anything. A `lazy` one takes memory as it fills, others at once.
+    A `watcher` is called whenever there is more, or will be no more.
     """
 
-    __slots__ = ("_failure", "_left", "_waiter", "lazy", "received", "view")
+    __slots__ = ("_failure", "_left", "_waiter", "lazy", "length", "received", "view", "watcher")
 
     def __init__(self, length: int) -> None:
+        self.length = length
         self.lazy = length > EAGER
         # A bytearray takes all of its memory at once; of a mapping, the system finds what is written to.
         self.view = memoryview(mmap.mmap(-1, length) if self.lazy else bytearray(length))
         self.received = 0
+        self.watcher: Callable[[], None] | None = None
         self._failure: TransportError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._left: Callable[[], None] | None = None
@@ -36,16 +39,16 @@ class Body:
         """A body that is there as a whole; ``content`` is not copied."""
         body = cls(0)
         body.view = memoryview(content).cast("B")
-        body.received = len(body.view)
+        body.length = body.received = len(body.view)
         return body
 
     def __len__(self) -> int:
-        return len(self.view)
+        return self.length
 
     @property
     def complete(self) -> bool:
         """Whether all of it is there."""
-        return self.received == len(self.view)
+        return self.received == self.length
 
     @property
     def abandoned(self) -> bool:
@@ -63,14 +66,19 @@ class Body:
             TransportError: the rest will not come.
         """
         while self.received <= than and not self.complete:
-            if self._failure is not None:
-                raise self._failure
+            self._require()
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
         return self.received
+
+    def since(self, given: int) -> memoryview:
+        """What is there behind the first ``given`` bytes; raises TransportError where no more will come."""
+        if self.received == given and not self.complete:
+            self._require()
+        return self.view[given : self.received]
 
     async def whole(self) -> memoryview:
         """Wait for all of it; raises TransportError."""
@@ -92,6 +100,12 @@ class Body:
         if left is not None:
             left()
 
+    def _require(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def _wake(self) -> None:
+        if self.watcher is not None:
+            self.watcher()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

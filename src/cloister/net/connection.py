@@ -24,13 +24,12 @@ from cloister.errors import FormatError
 from cloister.net import http1
 from cloister.net.body import EAGER, Body
 from cloister.net.guest import Guest
-from cloister.net.messages import Answer, Buffer, Fields, Head, Limits, Tap
+from cloister.net.messages import JOIN, Answer, Buffer, Fields, Head, Limits, Tap
 
 Handler: TypeAlias = Callable[[Head, Body], Awaitable[Answer]]
 Get: TypeAlias = Callable[[], "Answer | Awaitable[Answer]"]
 ROUTE: Final = b"/ohttp"
 _LINGER: Final = 1.0  # seconds that a refused peer has to read its refusal
-_JOIN: Final = 16 << 10  # bytes; a shorter body is written together with its head
 _logger = logging.getLogger("cloister.net")
 
 
@@ -88,7 +87,8 @@ class Connection(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._tapped = 0
-        self._since = 0.0  # when it began to wait for a head, by the loop's clock
+        self._since = 0.0  # when it began to wait for a head, or bytes of a body came, by the loop's clock
+        self._seen = 0  # bytes of the body that had come then
         self._served = False  # whether a whole head has come
 
     # --- what the event loop calls ---
@@ -96,6 +96,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start waiting for a head, or refuse when too many are connected."""
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(0)  # what is written leaves now, or the peer is slow
         shared = self._shared
         if shared.tap is not None:
             self._tapped = shared.tap.opened("front")
@@ -180,7 +181,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def tick(self, now: float) -> None:
         """Drop the connection if its time is over: a slow head, a slow body, a slow reader, or just idle."""
-        if now < self._deadline:
+        if self._state is _State.BODY and self._seen != self._body.received:
+            self._seen, self._since = self._body.received, now
+        halted = self._state is _State.BODY and now - self._since >= self._shared.limits.stall_timeout
+        if now < self._deadline and not halted:
             return
         started = self._state is _State.HEAD and self._filled > 0
         if started or self._state is _State.BODY:
@@ -243,7 +247,9 @@ class Connection(asyncio.BufferedProtocol):
         body.advance(got)
         self._drop(end + got)
         self._state = _State.BODY
-        self._deadline = shared.loop.time() + shared.limits.transfer_timeout(length)
+        self._since = shared.loop.time()
+        self._seen = 0
+        self._deadline = self._since + shared.limits.transfer_timeout(length)
         self._start(request, partial(shared.handler, request, body))
         if body.complete:
             self._busy()
@@ -282,6 +288,7 @@ class Connection(asyncio.BufferedProtocol):
         shared.members.discard(self)
         guest = Guest(other(), shared.members, shared.limits.guest_timeout, shared.loop.time)
         transport.pause_reading()
+        transport.set_write_buffer_limits()
         transport.set_protocol(guest)
         guest.connection_made(transport, shared.tap, self._tapped)
         transport.resume_reading()
@@ -370,7 +377,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def _write_message(self, head: bytes, body: Buffer) -> None:
-        if len(body) <= _JOIN:
+        if len(body) <= JOIN:
             self._write(head + body)
         else:
             self._write(head)

@@ -39,7 +39,13 @@ class FrontServer:
         self._shared = shared
         self._unix = unix
         limits = shared.limits
-        shortest = min(limits.head_timeout, limits.body_timeout, limits.idle_timeout, limits.guest_timeout)
+        shortest = min(
+            limits.head_timeout,
+            limits.body_timeout,
+            limits.stall_timeout,
+            limits.idle_timeout,
+            limits.guest_timeout,
+        )
         self._interval = min(1.0, max(0.02, shortest / 4))
         self._timer = shared.loop.call_later(self._interval, self._sweep)
 

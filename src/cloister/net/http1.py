@@ -3,13 +3,19 @@
 Two servers that read one request differently are what request smuggling lives on. So whatever RFC 9112 lets
 a recipient repair is refused here: folded fields, bare CR or LF, space around a name, repeated fields, more
 than one statement of the body's length, absolute and authority targets.
+
+Requests of one client for one model, and their answers, have the same heads: what was read or written lately
+is remembered by its bytes. Both directions are functions of these alone.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Final
 
 from cloister.errors import FormatError, UsageError
@@ -30,16 +36,30 @@ _LISTS: Final = frozenset(
     b" x-forwarded-for x-forwarded-host x-forwarded-proto".split()
 )
 _BODYLESS: Final = frozenset({204, 304})
+_OWN: Final = frozenset({b"content-length", b"transfer-encoding", b"connection"})
+_REMEMBERED: Final = 128  # heads of each kind
+_SHORT: Final = 2 << 10  # bytes of a head that is remembered at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseHead:
-    """The head of an HTTP/1.1 response; ``length`` is None where no Content-Length is given."""
+    """The head of an HTTP/1.1 response.
+
+    Attributes:
+        status: Its status.
+        fields: Values by name in lower case.
+        length: Value of Content-Length; None where the response has none.
+        keep_alive: Whether the connection stays open.
+        content_type: Empty where the response has none.
+        further: The fields that say nothing about the framing or the type of the body.
+    """
 
     status: int
-    fields: dict[bytes, bytes]
+    fields: Mapping[bytes, bytes]
     length: int | None
     keep_alive: bool
+    content_type: bytes
+    further: Fields
 
 
 def parse_request(raw: Buffer, limits: Limits) -> Head:
@@ -52,11 +72,18 @@ def parse_request(raw: Buffer, limits: Limits) -> Head:
     Raises:
         FormatError: with the code ``http.<reason>``; `status_of` names the answer.
     """
-    lines = _lines(raw, limits)
+    data = bytes(raw)
+    parse = _parse_request if len(data) <= _SHORT else _parse_request.__wrapped__
+    return parse(data, limits.max_head, limits.max_fields)
+
+
+@lru_cache(_REMEMBERED)
+def _parse_request(data: bytes, max_head: int, max_fields: int) -> Head:
+    lines = _lines(data, max_head)
     match = _REQUEST_LINE.fullmatch(lines[0])
     if match is None:
         raise FormatError("not a request line of HTTP/1.1", code="http.request-line")
-    fields = _fields(lines[1:], limits)
+    fields = _fields(lines[1:], max_fields)
     if b"host" not in fields and match[3] == b"1":
         raise FormatError("a request without Host", code="http.host")
     length, chunked = _framing(fields)
@@ -65,7 +92,7 @@ def parse_request(raw: Buffer, limits: Limits) -> Head:
     return Head(
         method=match[1],
         target=match[2],
-        fields=fields,
+        fields=MappingProxyType(fields),
         length=length,
         chunked=chunked,
         keep_alive=match[3] == b"1" and not _closes(fields),
@@ -78,19 +105,28 @@ def parse_response(raw: Buffer, limits: Limits) -> ResponseHead:
     Raises:
         FormatError: with the code ``http.<reason>``.
     """
-    lines = _lines(raw, limits)
+    data = bytes(raw)
+    parse = _parse_response if len(data) <= _SHORT else _parse_response.__wrapped__
+    return parse(data, limits.max_head, limits.max_fields)
+
+
+@lru_cache(_REMEMBERED)
+def _parse_response(data: bytes, max_head: int, max_fields: int) -> ResponseHead:
+    lines = _lines(data, max_head)
     match = _STATUS_LINE.fullmatch(lines[0])
     if match is None:
         raise FormatError("not a status line of HTTP/1.1", code="http.status-line")
-    fields = _fields(lines[1:], limits)
+    fields = _fields(lines[1:], max_fields)
     length, chunked = _framing(fields)
     if chunked:
         raise FormatError("a response in chunks", code="http.transfer-encoding")
     return ResponseHead(
         status=int(match[2]),
-        fields=fields,
+        fields=MappingProxyType(fields),
         length=length,
         keep_alive=match[1] == b"1" and not _closes(fields),
+        content_type=fields.get(b"content-type", b""),
+        further=tuple(each for each in fields.items() if each[0] not in _OWN and each[0] != b"content-type"),
     )
 
 
@@ -100,6 +136,13 @@ def format_request(method: bytes, target: bytes, fields: Fields, length: int | N
     Raises:
         UsageError: a method, target or field that can't stand in a head.
     """
+    return _format_request(method, target, tuple(fields), length)
+
+
+@lru_cache(_REMEMBERED)
+def _format_request(
+    method: bytes, target: bytes, fields: tuple[tuple[bytes, bytes], ...], length: int | None
+) -> bytes:
     if not (re.fullmatch(rb"[A-Z]{1,16}", method) and _TARGET.fullmatch(target)):
         raise UsageError("not a method and a target of HTTP", code="http.request-line")
     parts = [method, b" ", target, b" HTTP/1.1\r\n"]
@@ -118,14 +161,23 @@ def format_answer(answer: Answer, *, keep_alive: bool) -> bytes:
     Raises:
         UsageError: a status or field that can't stand in a head.
     """
-    if not 200 <= answer.status <= 599:
-        raise UsageError("not a final status", code="http.status", expected="200..599", actual=answer.status)
-    parts = [_STATUS_LINES.get(answer.status) or b"HTTP/1.1 %d \r\n" % answer.status]
-    if answer.content_type:
-        _append_fields(parts, ((b"content-type", answer.content_type),))
-    _append_fields(parts, answer.fields)
-    if answer.status not in _BODYLESS:
-        parts.append(b"content-length: %d\r\n" % len(answer.body))
+    return _format_answer(
+        answer.status, answer.content_type, tuple(answer.fields), len(answer.body), keep_alive
+    )
+
+
+@lru_cache(_REMEMBERED)
+def _format_answer(
+    status: int, content_type: bytes, fields: tuple[tuple[bytes, bytes], ...], length: int, keep_alive: bool
+) -> bytes:
+    if not 200 <= status <= 599:
+        raise UsageError("not a final status", code="http.status", expected="200..599", actual=status)
+    parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+    if content_type:
+        _append_fields(parts, ((b"content-type", content_type),))
+    _append_fields(parts, fields)
+    if status not in _BODYLESS:
+        parts.append(b"content-length: %d\r\n" % length)
     parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
     return b"".join(parts)
 
@@ -140,21 +192,18 @@ def status_of(error: FormatError) -> int:
     return _STATUS_OF.get(error.code, 400)
 
 
-def _lines(raw: Buffer, limits: Limits) -> list[bytes]:
-    data = bytes(raw)
-    if len(data) > limits.max_head:
-        raise FormatError("head too large", code="http.head-size", expected=f"at most {limits.max_head} B")
+def _lines(data: bytes, max_head: int) -> list[bytes]:
+    if len(data) > max_head:
+        raise FormatError("head too large", code="http.head-size", expected=f"at most {max_head} B")
     if not data.endswith(END) or data.find(END) != len(data) - len(END):
         raise FormatError("not exactly one head", code="http.head")
     # A CR or LF that is left inside a line is refused there: no pattern above admits one.
     return data[: -len(END)].split(b"\r\n")
 
 
-def _fields(lines: list[bytes], limits: Limits) -> dict[bytes, bytes]:
-    if len(lines) > limits.max_fields:
-        raise FormatError(
-            "too many fields", code="http.fields", expected=limits.max_fields, actual=len(lines)
-        )
+def _fields(lines: list[bytes], max_fields: int) -> dict[bytes, bytes]:
+    if len(lines) > max_fields:
+        raise FormatError("too many fields", code="http.fields", expected=max_fields, actual=len(lines))
     fields: dict[bytes, bytes] = {}
     for line in lines:
         match = _FIELD.fullmatch(line)
@@ -200,7 +249,6 @@ def _append_fields(parts: list[bytes], fields: Fields) -> None:
         parts += (line, b"\r\n")
 
 
-_OWN: Final = frozenset({b"content-length", b"transfer-encoding", b"connection"})
 _STATUS_LINES: Final = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus
 }

@@ -7,8 +7,7 @@ after that, the caller gets a `TransportError` whose ``sent`` is true and decide
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,13 +16,11 @@ from cloister.errors import NotFound, TransportError, UsageError
 from cloister.net import http1
 from cloister.net.body import Body
 from cloister.net.exchange import Exchange
-from cloister.net.messages import Answer, Buffer, Fields, Limits, Pieces, Tap
+from cloister.net.messages import JOIN, Answer, Buffer, Fields, Limits, Pieces, Tap
 
 __all__ = ["Answer", "Buffer", "Fields", "Limits", "Peer", "Stream", "Tap", "Upstream"]
 
-_JOIN: Final = 16 << 10  # bytes; a shorter body is written together with its head
 _KEEP: Final = 20.0  # seconds; well below a front's idle timeout, so that it seldom closes first
-_FRAMING: Final = frozenset({b"content-length", b"content-type", b"connection", b"transfer-encoding"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +59,8 @@ class Upstream:
         self._tap = tap
         self._idle: list[Exchange] = []  # the last used at the end
         self._busy: set[Exchange] = set()
-        self._slots = asyncio.Semaphore(self._limits.max_connections)
+        self._slots = asyncio.Semaphore(self._limits.max_connections)  # places of those in use and idle
+        self._waiting = 0  # requests that wait for a place
         self._closed = False
 
     async def request(
@@ -93,21 +91,16 @@ class Upstream:
             UsageError: the request can't be written as HTTP/1.1.
         """
         parts, later = _message(method, target, fields, body)
-        progress = _Progress()
-        with _deadline(progress):
-            async with asyncio.timeout(timeout), self._slots:
-                exchange = await self._take()
-                try:
-                    progress.sent = True
-                    exchange.begin(method, parts)
-                    await _send(exchange, later)
-                    answer = await self._receive(exchange)
-                except BaseException:
-                    exchange.abort()
-                    raise
-                finally:
-                    self._give(exchange)
-                return answer
+        until = asyncio.get_running_loop().time() + timeout
+        exchange = await self._take(timeout)
+        try:
+            exchange.begin(method, parts, later)
+            return await exchange.answer(until)
+        except BaseException:
+            exchange.abort()
+            raise
+        finally:
+            self._give(exchange)
 
     def stream(
         self,
@@ -134,16 +127,21 @@ class Upstream:
         """Whether a request is in progress."""
         return bool(self._busy)
 
+    def trim(self, now: float) -> None:
+        """Close the connections that were idle for long; ``now`` is the loop's clock."""
+        for exchange in self._idle:
+            if now - exchange.last_used >= _KEEP:
+                exchange.abort()  # it is forgotten when it is gone
+
     async def aclose(self) -> None:
         """Close all connections; what is in progress fails."""
         self._closed = True
         for exchange in [*self._idle, *self._busy]:
             exchange.abort()
-        self._idle.clear()
         await asyncio.sleep(0)
 
-    async def _take(self) -> Exchange:
-        """An idle connection that still stands, or a new one."""
+    async def _take(self, timeout: float) -> Exchange:  # noqa: ASYNC109
+        """An idle connection that still stands, or a new one; after at most so many seconds."""
         loop = asyncio.get_running_loop()
         while self._idle:
             exchange = self._idle.pop()
@@ -151,48 +149,57 @@ class Upstream:
                 self._busy.add(exchange)
                 return exchange
             exchange.abort()
+            self._slots.release()
         if self._closed:
             raise TransportError(f"the link to {self.peer} is closed", code="transport.closed", sent=False)
         try:
-            if self.peer.unix is not None:
-                _, exchange = await loop.create_unix_connection(self._exchange, str(self.peer.unix))
-            else:
-                _, exchange = await loop.create_connection(self._exchange, self.peer.host, self.peer.port)
+            async with asyncio.timeout(timeout):
+                self._waiting += 1
+                try:
+                    await self._slots.acquire()
+                finally:
+                    self._waiting -= 1
+                exchange = await self._connect()
+        except TimeoutError:
+            raise TransportError("the peer took too long", code="transport.timeout", sent=False) from None
         except (OSError, UnicodeError) as error:  # a name that is no host name fails in its encoding
             message = f"can't connect to {self.peer}"
             raise TransportError(message, code="transport.connect", sent=False) from error
         self._busy.add(exchange)
         return exchange
 
+    async def _connect(self) -> Exchange:
+        """A new connection, in the place that was taken for it."""
+        loop, peer = asyncio.get_running_loop(), self.peer
+        try:
+            if peer.unix is not None:
+                _, exchange = await loop.create_unix_connection(self._exchange, str(peer.unix))
+            else:
+                _, exchange = await loop.create_connection(self._exchange, peer.host, peer.port)
+        except BaseException:
+            self._slots.release()
+            raise
+        return exchange
+
     def _exchange(self) -> Exchange:
-        return Exchange(self._limits, self._tap, asyncio.get_running_loop())
+        return Exchange(self._limits, self._tap, asyncio.get_running_loop(), self._forget)
 
     def _give(self, exchange: Exchange) -> None:
         """Keep a connection for another request, or close it."""
         self._busy.discard(exchange)
-        if exchange.reusable and not self._closed and len(self._idle) < self._max_idle:
+        wanted = not self._closed and not self._waiting and len(self._idle) < self._max_idle
+        if wanted and exchange.reusable:
             exchange.idle()
             self._idle.append(exchange)
         else:
             exchange.abort()
+            self._slots.release()
 
-    async def _receive(self, exchange: Exchange) -> Answer:
-        head = await exchange.head()
-        length = exchange.left
-        if length > self._limits.max_body:
-            expected = f"at most {self._limits.max_body} B"
-            raise TransportError(
-                "the response is too large", code="transport.too-large", expected=expected, actual=length
-            )
-        body = bytearray(length)
-        if length:
-            await exchange.fill(memoryview(body))
-        return Answer(
-            status=head.status,
-            body=body,
-            content_type=head.fields.get(b"content-type", b""),
-            fields=tuple(each for each in head.fields.items() if each[0] not in _FRAMING),
-        )
+    def _forget(self, exchange: Exchange) -> None:
+        """A connection is gone; one in use is still given back."""
+        if exchange in self._idle:
+            self._idle.remove(exchange)
+            self._slots.release()
 
 
 class Stream:
@@ -231,24 +238,16 @@ class Stream:
             NotFound: the peer answered 404.
             TransportError: as `Upstream.request`, and for any other status or a body that is too long.
         """
-        progress = _Progress()
-        with _deadline(progress):
-            async with asyncio.timeout(self._timeout):
-                await self._upstream._slots.acquire()
-                try:
-                    self._exchange = await self._upstream._take()
-                except BaseException:
-                    self._upstream._slots.release()
-                    raise
-                try:
-                    progress.sent = True
-                    self._exchange.begin(b"GET", self._parts)
-                    head = await self._exchange.head()
-                    self.status, self.length = head.status, self._exchange.left
-                    self._check()
-                except BaseException:
-                    await self.aclose()
-                    raise
+        until = asyncio.get_running_loop().time() + self._timeout
+        self._exchange = await self._upstream._take(self._timeout)
+        try:
+            self._exchange.begin(b"GET", self._parts, by_parts=True)
+            head = await self._exchange.head(until)
+            self.status, self.length = head.status, self._exchange.left
+            self._check()
+        except BaseException:
+            await self.aclose()
+            raise
         self._left = self.length
         self._buffer = bytearray(min(self._chunk, self.length))
         return self
@@ -275,7 +274,6 @@ class Stream:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             self._upstream._give(exchange)
-            self._upstream._slots.release()
 
     async def __aenter__(self) -> Stream:
         return self if self._exchange is not None else await self.open()
@@ -296,28 +294,12 @@ class Stream:
             raise TransportError("the stream is closed", code="transport.closed")
         piece = memoryview(self._buffer)[: min(self._chunk, self._left)]
         try:
-            with _deadline(_Progress(sent=True)):
-                async with asyncio.timeout(self._timeout):
-                    await self._exchange.fill(piece)
+            await self._exchange.fill(piece, asyncio.get_running_loop().time() + self._timeout)
         except BaseException:
             await self.aclose()
             raise
         self._left -= len(piece)
         return piece
-
-
-@dataclass(slots=True)
-class _Progress:
-    sent: bool = False
-
-
-@contextmanager
-def _deadline(progress: _Progress) -> Iterator[None]:
-    """Turn a timeout into the error that says whether anything was sent."""
-    try:
-        yield
-    except TimeoutError:
-        raise TransportError("the peer took too long", code="transport.timeout", sent=progress.sent) from None
 
 
 def _message(
@@ -331,20 +313,6 @@ def _message(
     parts = [body] if isinstance(body, bytes | bytearray | memoryview) else list(body)
     length = sum(len(part) for part in parts)
     head = http1.format_request(method, target, fields, length)
-    if length <= _JOIN:
+    if length <= JOIN:
         return [b"".join([head, *parts])], None
     return [head, *parts], None
-
-
-async def _send(exchange: Exchange, body: Pieces | Body | None) -> None:
-    """Write a body as it comes."""
-    if isinstance(body, Body):
-        given = 0
-        while given < len(body):
-            received = await body.more(given)
-            exchange.write(body.view[given:received])
-            given = received
-    elif body is not None:
-        for piece in body.pieces():
-            exchange.write(piece)
-            await asyncio.sleep(0)  # the loop writes between two pieces, not within one

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
+JOIN: Final = 16 << 10  # bytes; a shorter body is written together with its head
 
 
 class Pieces(Protocol):
@@ -37,6 +38,7 @@ class Limits:
         max_connections: Most connections at once; for a client, per peer.
         head_timeout: Seconds for a head to arrive once its connection, or its first byte, is there.
         body_timeout: Seconds for a body to pass in either direction, on top of one second per 64 KiB.
+        stall_timeout: Seconds without a byte of a request's body after which it is given up.
         idle_timeout: Seconds that a connection may wait between requests.
         guest_timeout: Seconds of silence after which a handed-over connection is dropped.
     """
@@ -48,6 +50,7 @@ class Limits:
     max_connections: int = 1024
     head_timeout: float = 10.0
     body_timeout: float = 20.0
+    stall_timeout: float = 10.0
     idle_timeout: float = 75.0
     guest_timeout: float = 300.0
 
@@ -71,7 +74,7 @@ class Head:
 
     method: bytes
     target: bytes
-    fields: dict[bytes, bytes] = field(default_factory=dict)
+    fields: Mapping[bytes, bytes] = field(default_factory=dict)
     length: int | None = None
     chunked: bool = False
     keep_alive: bool = True

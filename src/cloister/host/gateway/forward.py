@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -22,9 +23,12 @@ from cloister.net.front import Answer, Head, Limits, Tap
 from cloister.net.link import Peer, Upstream
 
 REQUEST_TYPE: Final = b"message/ohttp-req"
+MAX_EARLY: Final = 64  # requests that are passed on while they arrive; others wait until they are whole
+_FIELDS: Final = ((b"content-type", REQUEST_TYPE),)
+_PASSED_ON: Final = (outer.POOL, outer.MODEL, outer.DEADLINE)
 _PASSED_BACK: Final = frozenset({b"retry-after", b"cache-control"})
 _TARGET: Final = b"/ohttp"
-_EARLY: Final = 8 << 10  # bytes of a body after which it is passed on while it arrives
+_EARLY: Final = 4 << 10  # bytes of a body after which it is passed on while it arrives
 _STATUS: Final = {"transport.timeout": 504, "gateway.content-type": 415}
 
 
@@ -57,6 +61,7 @@ class Forwarder:
         self._clock = clock
         self._tap = tap
         self._links: dict[Path, Upstream] = {}
+        self._early: set[Body] = set()  # requests that were passed on before they were whole, at least
 
     async def handle(self, head: Head, body: Body, *, sender: bytes = b"") -> Answer:
         """Answer one request; every error becomes a problem.
@@ -91,12 +96,14 @@ class Forwarder:
         return answer
 
     async def prune(self) -> None:
-        """Forget workers whose heartbeat is over, and close the links that nobody uses any more."""
+        """Forget workers whose heartbeat is over, and close the connections that nobody uses any more."""
         now = self._clock()
         self._registry.expire(now)
         used = {each.worker.socket for each in self._registry.workers(now)}
         for socket in [each for each, link in self._links.items() if each not in used and not link.busy]:
             await self._links.pop(socket).aclose()
+        for link in self._links.values():
+            link.trim(asyncio.get_running_loop().time())
 
     async def aclose(self) -> None:
         """Close all links."""
@@ -109,34 +116,50 @@ class Forwarder:
         """The link to a worker, opened at its first request."""
         found = self._links.get(worker.socket)
         if found is None:
-            found = Upstream(Peer(unix=worker.socket), limits=self._limits, tap=self._tap)
+            idle = self._limits.max_connections  # as many as were needed at once are kept, for some seconds
+            found = Upstream(Peer(unix=worker.socket), max_idle=idle, limits=self._limits, tap=self._tap)
             self._links[worker.socket] = found
         return found
 
     async def _forward(self, pool: str, head: Head, body: Body, sender: bytes) -> Answer:
         """Try workers until one has taken the request."""
-        await body.more(min(len(body), _EARLY) - 1)  # who sends nothing occupies no worker
-        fields = [(b"content-type", REQUEST_TYPE), (outer.POOL, pool.encode())]
-        fields += [(name, head.fields[name]) for name in (outer.MODEL, outer.DEADLINE) if name in head.fields]
+        if body.received < _EARLY:
+            await body.more(min(len(body), _EARLY) - 1)  # who sends nothing occupies no worker
+        if not body.complete and not self._passes_early():
+            await body.whole()
+        fields = _FIELDS + tuple((name, head.fields[name]) for name in _PASSED_ON if name in head.fields)
         if sender:
-            fields.append((outer.SENDER, sender))
+            fields += ((outer.SENDER, sender),)
         tried: frozenset[str] = frozenset()
-        while True:
-            entry = self._registry.choose(pool, self._clock(), tried=tried)
-            entry.in_flight += 1
-            try:
-                answer = await self.link(entry.worker).request(
-                    b"POST", _TARGET, fields, body, timeout=self._timeout
-                )
-            except TransportError as error:
-                if error.sent:
-                    raise
-                entry.suspect = True
-                tried |= {entry.worker.id}
-                continue
-            finally:
-                entry.in_flight -= 1
+        self._early.add(body)
+        try:
+            while True:
+                entry = self._registry.choose(pool, self._clock(), tried=tried)
+                entry.in_flight += 1
+                try:
+                    answer = await self.link(entry.worker).request(
+                        b"POST", _TARGET, fields, body, timeout=self._timeout
+                    )
+                    break
+                except TransportError as error:
+                    if error.sent:
+                        raise
+                    entry.suspect = True
+                    tried |= {entry.worker.id}
+                finally:
+                    entry.in_flight -= 1
+        finally:
+            self._early.discard(body)
+        if answer.fields:
             passed = tuple(each for each in answer.fields if each[0] in _PASSED_BACK)
-            return Answer(
-                status=answer.status, body=answer.body, content_type=answer.content_type, fields=passed
-            )
+            answer = replace(answer, fields=passed)
+        return answer
+
+    def _passes_early(self) -> bool:
+        """Whether one more request may occupy a worker before all of it is there.
+
+        What halts then holds at most so many connections to workers, and keeps no whole request from them.
+        """
+        if len(self._early) >= MAX_EARLY:
+            self._early = {each for each in self._early if not each.complete}
+        return len(self._early) < MAX_EARLY

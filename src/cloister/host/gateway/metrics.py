@@ -1,19 +1,26 @@
 """The gateway's figures for Prometheus: what an operator sees anyway, and what workers tell of their stages.
 
-Of stages there are histograms for each pool, over all of its workers and models. Workers hold back what would
-tell of single answers (docs/threat-model.md).
+A request only adds to plain numbers; they take Prometheus' form when somebody asks for them. Of stages there
+are histograms for each pool, over all of its workers and models. Workers hold back what would tell of single
+answers (docs/threat-model.md).
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter as Count
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 from cloister.core.protocol import stages
 from cloister.core.protocol.stages import BOUNDS, Figures
@@ -21,7 +28,7 @@ from cloister.core.protocol.stages import BOUNDS, Figures
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MAX_WORKERS: Final = 4096  # whose figures are remembered
 MAX_POOLS: Final = 64  # label values; a peer can't grow memory with pools that it invents
-_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
@@ -29,23 +36,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._pools: set[str] = set()
-        self._requests = Counter(
-            "cloister_gateway_requests", "Requests for /ohttp", ["pool", "outcome"], registry=self._registry
-        )
-        self._seconds = Histogram(
-            "cloister_gateway_seconds",
-            "Time from a whole request to its answer",
-            ["pool"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._bytes = Counter(
-            "cloister_gateway_bytes", "Body bytes of /ohttp", ["direction"], registry=self._registry
-        )
-        self._workers = Gauge(
-            "cloister_gateway_workers", "Workers that are up", ["pool"], registry=self._registry
-        )
+        self._registry.register(self)
+        self._requests: dict[tuple[str, str], int] = {}  # by pool and outcome
+        self._seconds: dict[str, list[float]] = {}  # by pool: requests per bucket, then the sum of seconds
+        self._received = 0
+        self._sent = 0
+        self._workers: Count[str] = Count()
 
         self._stages = _Stages()
         self._registry.register(self._stages)
@@ -71,24 +67,48 @@ class Metrics:
             sent: Bytes of the answer's body.
         """
         label = self._label(pool)
-        self._requests.labels(label, outcome).inc()
-        self._seconds.labels(label).observe(seconds)
-        self._bytes.labels("in").inc(received)
-        self._bytes.labels("out").inc(sent)
+        self._requests[label, outcome] = self._requests.get((label, outcome), 0) + 1
+        times = self._seconds[label]
+        times[bisect_left(_SECONDS, seconds)] += 1
+        times[-1] += seconds
+        self._received += received
+        self._sent += sent
 
     def render(self, pools_of_workers: Iterable[str]) -> bytes:
         """The exposition text, with one pool named per worker that is up."""
-        counts = Count(self._label(pool) for pool in pools_of_workers)
-        self._workers.clear()
-        for label, count in counts.items():
-            self._workers.labels(label).set(count)
+        self._workers = Count(self._label(pool) for pool in pools_of_workers)
         return generate_latest(self._registry)
 
+    def collect(self) -> Iterator[Metric]:
+        """The figures as Prometheus' registry asks for them."""
+        requests = CounterMetricFamily(
+            "cloister_gateway_requests", "Requests for /ohttp", labels=("pool", "outcome")
+        )
+        for labels, count in self._requests.items():
+            requests.add_metric(labels, count)
+        yield requests
+        seconds = HistogramMetricFamily(
+            "cloister_gateway_seconds", "Time from a whole request to its answer", labels=("pool",)
+        )
+        for pool, (*counts, total) in self._seconds.items():
+            bounds = [*map(str, _SECONDS), "+Inf"]
+            up_to = [(bound, sum(counts[: n + 1])) for n, bound in enumerate(bounds)]
+            seconds.add_metric((pool,), up_to, total)
+        yield seconds
+        size = CounterMetricFamily("cloister_gateway_bytes", "Body bytes of /ohttp", labels=("direction",))
+        size.add_metric(("in",), self._received)
+        size.add_metric(("out",), self._sent)
+        yield size
+        workers = GaugeMetricFamily("cloister_gateway_workers", "Workers that are up", labels=("pool",))
+        for pool, count in self._workers.items():
+            workers.add_metric((pool,), count)
+        yield workers
+
     def _label(self, pool: str) -> str:
-        if pool not in self._pools:
-            if len(self._pools) >= MAX_POOLS:
-                return "other"
-            self._pools.add(pool)
+        if pool not in self._seconds:
+            if len(self._seconds) >= MAX_POOLS:
+                pool = "other"
+            self._seconds.setdefault(pool, [0.0] * (len(_SECONDS) + 2))
         return pool
 
 

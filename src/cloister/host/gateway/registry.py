@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -117,14 +118,14 @@ class Registry:
         """
         if pool not in self._pools:
             raise NotFound("no such pool", code="gateway.no-pool")
-        eligible = [
-            each
-            for each in self._entries.values()
-            if each.worker.pool == pool and each.worker.id not in tried and self._alive(each, now)
-        ]
-        if not eligible:
+        entry, least = None, (True, sys.maxsize, 0)
+        for each in self._entries.values():
+            if each.worker.pool == pool and each.seen > now - self._lifetime and each.worker.id not in tried:
+                load = (each.suspect, each.in_flight, each.chosen)
+                if load < least:
+                    entry, least = each, load
+        if entry is None:
             raise Unavailable("no worker of this pool is up", code="gateway.no-worker")
-        entry = min(eligible, key=lambda each: (each.suspect, each.in_flight, each.chosen))
         self._choices += 1
         entry.chosen = self._choices
         return entry
