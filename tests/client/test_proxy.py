@@ -510,6 +510,6 @@ async def test_a_unix_socket_that_only_this_user_can_reach(theatre, tmp_path):
 async def test_only_loopback_is_bound(theatre):
     async with running(theatre) as (proxy, _, _):
         assert proxy._listener is not None
-        names = {each.getsockname()[0] for server in proxy._listener._servers for each in server.sockets}
+        names = {each._listener.getsockname()[0] for each in proxy._listener._acceptors}
         assert "127.0.0.1" in names
         assert names <= {"127.0.0.1", "::1"}

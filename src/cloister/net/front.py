@@ -7,8 +7,6 @@ be added; all else goes to another protocol (uvicorn's, in the gateway) or is an
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,13 +14,12 @@ from types import MappingProxyType
 from typing import Final
 
 from cloister.errors import UsageError
+from cloister.net.accept import Acceptor, tcp_sockets, unix_socket, unlink
 from cloister.net.connection import Connection, Get, Handler, Shared
 from cloister.net.messages import Answer, Buffer, Fields, Head, Limits, Tap
 
 __all__ = ["Answer", "Buffer", "Fields", "FrontServer", "Get", "Handler", "Head", "Limits", "Tap", "serve"]
 
-MAX_UNIX_PATH: Final = 107  # bytes (sun_path of unix(7), less its terminator)
-_BACKLOG: Final = 512
 _NONE: Final[Mapping[bytes, Get]] = MappingProxyType({})
 
 
@@ -33,11 +30,11 @@ class FrontServer:
         port: TCP port; 0 where the server listens on a Unix socket.
     """
 
-    def __init__(self, server: asyncio.Server, shared: Shared, *, port: int, unix: Path | None) -> None:
-        self.port = port
-        self._server = server
+    def __init__(self, listeners: list[socket.socket], shared: Shared, *, unix: Path | None) -> None:
+        self.port = 0 if unix is not None else int(listeners[0].getsockname()[1])
+        self._acceptors = [Acceptor(each, lambda: Connection(shared), shared.loop) for each in listeners]
         self._shared = shared
-        self._unix = unix
+        self._unix = None if unix is None else (unix, unix.stat().st_ino)
         limits = shared.limits
         shortest = min(
             limits.head_timeout,
@@ -67,10 +64,10 @@ class FrontServer:
         if shared.closing:
             return
         shared.closing = True
-        self._server.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         if self._unix is not None:
-            with contextlib.suppress(OSError):
-                self._unix.unlink()
+            unlink(*self._unix)
         for member in list(shared.members):
             member.shut()
         try:
@@ -130,42 +127,12 @@ async def serve(
         loop=loop,
         cancel=cancel,
     )
+    listeners: list[socket.socket] = []
     try:
-        listener = unix_socket(unix) if unix is not None else None
-        if listener is not None:
-            server = await loop.create_unix_server(
-                lambda: Connection(shared), sock=listener, backlog=_BACKLOG
-            )
-        else:
-            server = await loop.create_server(lambda: Connection(shared), host, port, backlog=_BACKLOG)
+        listeners = [unix_socket(unix)] if unix is not None else tcp_sockets(host, port)
+        return FrontServer(listeners, shared, unix=unix)
     except OSError as error:
+        for each in listeners:
+            each.close()
         where = str(unix) if unix is not None else f"{host}:{port}"
         raise UsageError(f"can't listen on {where}: {error.strerror}", code="net.listen") from error
-    picked = 0 if unix is not None else int(server.sockets[0].getsockname()[1])
-    return FrontServer(server, shared, port=picked, unix=unix)
-
-
-def unix_socket(path: Path) -> socket.socket:
-    """A bound socket that only its owner can connect to, from its first moment on."""
-    raw = os.fsencode(path)
-    if len(raw) > MAX_UNIX_PATH:
-        raise UsageError(
-            "the path of a Unix socket is too long",
-            code="net.unix-path",
-            claim="path length",
-            expected=f"at most {MAX_UNIX_PATH} B",
-            actual=len(raw),
-            hint="Choose a shorter run directory.",
-        )
-    if path.is_socket():
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # Linux gives the new inode the mode of the unbound socket: no moment in which others could connect.
-        os.fchmod(listener.fileno(), 0o600)
-        listener.bind(raw)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import socket
 from pathlib import Path
@@ -15,12 +14,11 @@ from uvicorn.server import ServerState
 
 from cloister.asgi import configuration
 from cloister.errors import UsageError
-from cloister.net.front import unix_socket
+from cloister.net.accept import Acceptor, unix_socket, unlink
 
 LOOPBACK: Final = ("127.0.0.1", "::1")
 MAX_HEAD: Final = 64 << 10  # bytes of a request's target and fields
 _KEEP_ALIVE: Final = 75  # seconds
-_BACKLOG: Final = 512
 _NO_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _POLL: Final = 0.005  # seconds
 
@@ -57,35 +55,32 @@ class Listener:
         config.load()
         self._config = config
         self._state = ServerState()
-        self._servers: list[asyncio.Server] = []
-        self._unix: Path | None = None
+        self._acceptors: list[Acceptor] = []
+        self._unix: tuple[Path, int] | None = None  # and its inode
 
     def _protocol(self) -> asyncio.Protocol:
         return Protocol(config=self._config, server_state=self._state, app_state={})
 
     async def tcp(self, sockets: list[socket.socket]) -> None:
         """Serve bound sockets, which are this object's from now on."""
-        loop = asyncio.get_running_loop()
         for each in sockets:
-            self._servers.append(await loop.create_server(self._protocol, sock=each, backlog=_BACKLOG))
+            self._acceptors.append(Acceptor(each, self._protocol, asyncio.get_running_loop()))
 
     async def unix(self, path: Path) -> None:
         """Serve a Unix socket that only this user may connect to; raises UsageError."""
-        loop = asyncio.get_running_loop()
         try:
             listening = unix_socket(path)
         except OSError as error:
             raise _refused(str(path), error.strerror) from error
-        self._unix = path
-        self._servers.append(await loop.create_unix_server(self._protocol, sock=listening, backlog=_BACKLOG))
+        self._unix = (path, path.stat().st_ino)  # noqa: ASYNC240
+        self._acceptors.append(Acceptor(listening, self._protocol, asyncio.get_running_loop()))
 
     async def close(self, grace: float) -> None:
         """Accept nothing more, let requests finish for ``grace`` seconds, then drop the rest."""
-        for server in self._servers:
-            server.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         if self._unix is not None:
-            with contextlib.suppress(OSError):
-                self._unix.unlink()
+            unlink(*self._unix)
         connections: set[Any] = self._state.connections
         for each in list(connections):
             each.shutdown()
