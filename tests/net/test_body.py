@@ -91,6 +91,34 @@ def test_more_than_there_is_memory_for_fails_every_handler_beyond(go: Go) -> Non
     go(main())
 
 
+def test_large_bodies_leave_room_for_small_ones(go: Go) -> None:
+    """Four requests of 64 MiB that waited for their turn shut everybody out."""
+
+    async def main() -> None:
+        gate, mib = asyncio.Event(), 1 << 20
+
+        async def handler(head: Head, body: Body) -> Answer:
+            if len(await body.whole()) > mib:
+                await gate.wait()
+            return Answer(body=b"done")
+
+        front = await serve(handler, limits=Limits(max_body=8 * mib, max_buffered=4 * mib))
+        waiting, larger, small = [await Raw.connect(front) for _ in range(3)]
+        waiting.writer.write(POST % (2 * mib, b"") + bytes(2 * mib))
+        while front._shared.buffered < 2 * mib:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        larger.writer.write(POST % (3 * mib // 2, b"") + bytes(3 * mib // 2))
+        assert (await larger.answer())[0] == 503
+        assert (await small.ask(POST % (mib, b"") + bytes(mib)))[2] == b"done"
+        gate.set()
+        assert (await waiting.answer())[2] == b"done"
+        for client in (waiting, larger, small):
+            await client.end()
+        await front.close()
+
+    go(main())
+
+
 def test_a_link_whose_body_does_not_arrive_fails_and_is_not_used_again(go: Go) -> None:
     async def main() -> None:
         seen: list[int] = []

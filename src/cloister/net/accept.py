@@ -12,8 +12,9 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cloister.errors import UsageError
 
@@ -36,7 +37,7 @@ class Acceptor:
         self._listener = listener
         self._factory = factory
         self._loop = loop
-        self._joining: set[asyncio.Task[object]] = set()
+        self._joining: set[asyncio.Task[Any]] = set()
         self._paused: asyncio.TimerHandle | None = None
         listener.setblocking(False)
         listener.listen(BACKLOG)
@@ -67,18 +68,14 @@ class Acceptor:
                     continue
                 return
             peer.setblocking(False)
-            task = self._loop.create_task(self._join(peer))
+            task = self._loop.create_task(self._loop.connect_accepted_socket(self._factory, peer))
             self._joining.add(task)
-            task.add_done_callback(self._joining.discard)
+            task.add_done_callback(partial(self._joined, peer))
 
-    async def _join(self, peer: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._factory, peer)
-        except OSError:  # it is gone already
+    def _joined(self, peer: socket.socket, task: asyncio.Task[Any]) -> None:
+        self._joining.discard(task)
+        if task.cancelled() or task.exception() is not None:  # closing, or the peer is gone already
             peer.close()
-        except BaseException:
-            peer.close()
-            raise
 
 
 def tcp_sockets(host: str, port: int) -> list[socket.socket]:

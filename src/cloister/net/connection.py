@@ -137,7 +137,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._shared.tap is not None:
             self._shared.tap.received(self._tapped, self.get_buffer(-1)[:nbytes])
         if self._state is _State.BODY:
-            if not self._body.lazy or self._hold(nbytes):
+            if not self._body.lazy or self._hold(nbytes, large=True):
                 self._body.advance(nbytes)
                 if self._body.complete:
                     self._busy()
@@ -240,7 +240,7 @@ class Connection(asyncio.BufferedProtocol):
         if expect not in (b"", b"100-continue"):
             return self._refuse(417)
         got = min(self._filled - end, length)
-        if not self._hold(got if length > EAGER else length):
+        if not self._hold(got if length > EAGER else length, large=length > EAGER):
             return None
         self._body = body = Body(length)
         body.view[:got] = memoryview(self._head)[end : end + got]
@@ -257,10 +257,14 @@ class Connection(asyncio.BufferedProtocol):
             self._write(http1.CONTINUE)
         return None
 
-    def _hold(self, count: int) -> bool:
-        """Count bytes of bodies that are in memory; refuses the request that goes beyond the limit."""
+    def _hold(self, count: int, *, large: bool) -> bool:
+        """Count bytes of bodies that are in memory; refuses the request that goes beyond the limit.
+
+        Large bodies get three quarters of it, so that four of them that wait don't shut out everybody else.
+        """
         shared = self._shared
-        if shared.buffered + count > shared.limits.max_buffered:
+        most = shared.limits.max_buffered * (3 if large else 4) // 4
+        if shared.buffered + count > most:
             self._refuse(503, ((b"retry-after", b"1"),))
             return False
         shared.buffered += count
