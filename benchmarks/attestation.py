@@ -14,6 +14,7 @@ from typing import Final
 
 import httpx
 
+from benchmarks.arguments import positive_int
 from benchmarks.models import EXAMPLES
 from benchmarks.report import Report, Rows, Samples
 from benchmarks.scene import Scene, scene
@@ -155,6 +156,8 @@ def _timed(call: Callable[[], object], times: int = 1) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks attestation", description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--largest-batch", type=int, default=MAX_BATCH, help="clients under one signature")
+    parser.add_argument("--runs", type=positive_int, default=200)
+    parser.add_argument(
+        "--largest-batch", type=positive_int, default=MAX_BATCH, help="clients under one signature"
+    )
     return parser

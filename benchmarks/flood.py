@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.arguments import model as model_name
+from benchmarks.arguments import positive_float, positive_int
 from benchmarks.load import Load, Slice, question
 from benchmarks.models import locate
 from benchmarks.plain_server import FIELDS, PATH, Plain, request_of
@@ -134,9 +136,9 @@ def _measure(options: argparse.Namespace, load: Load, made: Scene) -> Report:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks flood", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="diagnosis", help="as in `overhead`")
-    parser.add_argument("--clients", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2, help="runs at once in the worker")
-    parser.add_argument("--runs", type=int, default=4, help="slices of each kind")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of one slice")
+    parser.add_argument("--model", type=model_name, default="diagnosis", help="as in `overhead`")
+    parser.add_argument("--clients", type=positive_int, default=512)
+    parser.add_argument("--threads", type=positive_int, default=2, help="runs at once in the worker")
+    parser.add_argument("--runs", type=positive_int, default=4, help="slices of each kind")
+    parser.add_argument("--seconds", type=positive_float, default=5.0, help="of one slice")
     return parser

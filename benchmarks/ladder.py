@@ -17,6 +17,8 @@ from typing import Any, Final
 import httpx
 import numpy as np
 
+from benchmarks.arguments import model as model_name
+from benchmarks.arguments import positive_int
 from benchmarks.load import question
 from benchmarks.models import Array, locate
 from benchmarks.processes import family, started
@@ -177,6 +179,6 @@ def _report(options: argparse.Namespace, found: dict[str, list[Times]]) -> Repor
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks ladder", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="MobileNetV1", help="as in `overhead`")
-    parser.add_argument("--runs", type=int, default=5, help="cold requests, and warm ones")
+    parser.add_argument("--model", type=model_name, default="MobileNetV1", help="as in `overhead`")
+    parser.add_argument("--runs", type=positive_int, default=5, help="cold requests, and warm ones")
     return parser

@@ -21,6 +21,8 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks import zoo
+from benchmarks.arguments import model as model_name
+from benchmarks.arguments import positive_int
 from benchmarks.models import SYNTHETIC, Array, answer, bare_session, locate, sample
 from benchmarks.report import Report, Rows, Samples, console, percentile, verdict
 from benchmarks.scene import Scene, scene
@@ -224,11 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks overhead", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--model",
+        type=model_name,
         default=SYNTHETIC,
         help="digits, diagnosis, FILE.onnx, one of the zoo's, or synthetic: convolutions over 3x224x224 "
         "float32 (602,112 B)",
     )
     parser.add_argument("--zoo", action="store_true", help="every model of the zoo")
     parser.add_argument("--profile", action="store_true", help="time every component alone, too")
-    parser.add_argument("--runs", type=int, default=500, help="pairs of calls")
+    parser.add_argument("--runs", type=positive_int, default=500, help="pairs of calls")
     return parser

@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.arguments import model as model_name
+from benchmarks.arguments import positive_float, positive_int
 from benchmarks.load import Load, Slice, TargetFailed, question
 from benchmarks.models import locate
 from benchmarks.processes import family
@@ -351,12 +353,12 @@ def _best(pairs: list[_Pair], clients: int) -> tuple[float, float, str, str] | N
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks peers", description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", action="append", choices=tuple(PEERS), help="may be repeated; all")
-    parser.add_argument("--model", default="MobileNetV1", help="as in `overhead`")
-    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
-    parser.add_argument("--workers", type=int, default=1, help="worker enclaves")
-    parser.add_argument("--threads", type=int, default=2, help="runs at once in each of them")
-    parser.add_argument("--runs", type=int, default=2, help="slices of each kind")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one slice")
+    parser.add_argument("--model", type=model_name, default="MobileNetV1", help="as in `overhead`")
+    parser.add_argument("--clients", type=positive_int, nargs="+", default=CLIENTS)
+    parser.add_argument("--workers", type=positive_int, default=1, help="worker enclaves")
+    parser.add_argument("--threads", type=positive_int, default=2, help="runs at once in each of them")
+    parser.add_argument("--runs", type=positive_int, default=2, help="slices of each kind")
+    parser.add_argument("--seconds", type=positive_float, default=4.0, help="of one slice")
     parser.add_argument("--envs", type=Path, default=ENVIRONMENTS, help="folder of the environments")
     parser.add_argument("--no-install", action="store_true", help="use only environments that are there")
     return parser

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import zoo
+from benchmarks.arguments import model as model_name
+from benchmarks.arguments import positive_int
 from benchmarks.models import locate, sample
 from benchmarks.report import Report, Rows, console, percentile
 
@@ -204,8 +206,10 @@ def _status(name: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks sealed-load", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="VGG19", help="a name of the zoo, or as `overhead` takes them")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--model", type=model_name, default="VGG19", help="a name of the zoo, or as `overhead` takes them"
+    )
+    parser.add_argument("--runs", type=positive_int, default=5)
     return parser
 
 

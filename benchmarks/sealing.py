@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from benchmarks.arguments import positive_int
 from benchmarks.report import Report, Rows, Samples
 from cloister.core.sealing import CHUNK_SIZE, SealedHeader, Sealing, Section, Unsealer, read_sections, seal
 from cloister.core.sealing.header import header_size
@@ -108,6 +109,6 @@ def run(arguments: Sequence[str]) -> Report:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks sealing", description=__doc__.partition("\n")[0])
-    parser.add_argument("--mib", type=int, default=128, help="size of the weights")
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--mib", type=positive_int, default=128, help="size of the weights")
+    parser.add_argument("--runs", type=positive_int, default=15)
     return parser

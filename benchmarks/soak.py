@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.arguments import positive_float, positive_int
 from benchmarks.models import Array, bare_session, locate
 from benchmarks.processes import family
 from benchmarks.report import Report, Rows, Samples, verdict
@@ -306,7 +307,9 @@ def _report(options: argparse.Namespace, tally: Tally, seconds: float) -> Report
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks chaos", description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=10_000, help="requests")
-    parser.add_argument("--clients", type=int, default=16, help="requests at once")
-    parser.add_argument("--kill-every", type=float, default=3.0, help="seconds that all are left alone")
+    parser.add_argument("--runs", type=positive_int, default=10_000, help="requests")
+    parser.add_argument("--clients", type=positive_int, default=16, help="requests at once")
+    parser.add_argument(
+        "--kill-every", type=positive_float, default=3.0, help="seconds that all are left alone"
+    )
     return parser

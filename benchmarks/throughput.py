@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.arguments import model as model_name
+from benchmarks.arguments import positive_float, positive_int
 from benchmarks.load import Load, Slice
 from benchmarks.models import locate
 from benchmarks.report import Report, Rows, verdict
@@ -138,11 +140,14 @@ def _rows(model: str, found: dict[str, Slice], figures: dict[str, Any]) -> list[
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks throughput", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--model", action="append", help=f"as in `overhead`; may be repeated. {', '.join(BARS)}"
+        "--model",
+        type=model_name,
+        action="append",
+        help=f"as in `overhead`; may be repeated. {', '.join(BARS)}",
     )
-    parser.add_argument("--clients", type=int, default=CLIENTS)
-    parser.add_argument("--workers", type=int, default=1, help="worker enclaves")
-    parser.add_argument("--threads", type=int, default=2, help="runs at once in each of them")
-    parser.add_argument("--runs", type=int, default=6, help="slices of each kind")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one slice")
+    parser.add_argument("--clients", type=positive_int, default=CLIENTS)
+    parser.add_argument("--workers", type=positive_int, default=1, help="worker enclaves")
+    parser.add_argument("--threads", type=positive_int, default=2, help="runs at once in each of them")
+    parser.add_argument("--runs", type=positive_int, default=6, help="slices of each kind")
+    parser.add_argument("--seconds", type=positive_float, default=4.0, help="of one slice")
     return parser

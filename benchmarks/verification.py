@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import dcap_qvl
 
+from benchmarks.arguments import positive_int
 from benchmarks.report import Report, Rows, Samples
 from cloister import TrustAnchors, verify_evidence
 from cloister.core.evidence import pck
@@ -42,7 +43,9 @@ _CACHES: Final = (
 def run(arguments: Sequence[str]) -> Report:
     """Measure; see the module."""
     parser = argparse.ArgumentParser(prog="verification", description=__doc__)
-    parser.add_argument("--runs", type=int, default=400, help="rounds; each verifies everything once")
+    parser.add_argument(
+        "--runs", type=positive_int, default=400, help="rounds; each verifies everything once"
+    )
     options = parser.parse_args(arguments)
     now = int(time.time())
     with tempfile.TemporaryDirectory() as folder:

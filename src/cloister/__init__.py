@@ -9,7 +9,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
-from cloister.errors import CloisterError
+from cloister.errors import (
+    AccessRefused,
+    CloisterError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Refused,
+    TransportError,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from cloister.client.client import AsyncClient, Client, Record
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
     from cloister.core.verifier.result import VerifiedEvidence
 
 __all__ = [
+    "AccessRefused",
     "AllOf",
     "AmdCollateral",
     "AnyOf",
@@ -41,12 +52,19 @@ __all__ = [
     "CloisterTransport",
     "Collateral",
     "Consent",
+    "DeadlineExceeded",
     "Evidence",
     "Identity",
+    "InvalidRequest",
+    "NotFound",
     "OpenAITransport",
+    "Overloaded",
     "Record",
+    "Refused",
     "TextEmbedder",
+    "TransportError",
     "TrustAnchors",
+    "Unavailable",
     "UserPolicy",
     "VerifiedEvidence",
     "appraise",

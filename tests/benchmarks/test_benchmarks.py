@@ -244,3 +244,22 @@ def test_a_report_as_markdown_names_the_command() -> None:
         '## n digits\n\n`make bench BENCH=n ARGS="--model digits"`\n\nS.\n\nT:\n\n'
         "| a | b ms |\n|---|--:|\n| x | 1.235 |\n"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("overhead", "--model", "nosuch"),
+        ("ladder", "--runs", "0"),
+        ("peers", "--clients", "4", "-1"),
+        ("flood", "--seconds", "nan"),
+        ("throughput", "--model", "examples"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_wrong_usage(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(arguments)
+    assert ended.value.code == 2
+    assert f"argument {arguments[1]}: " in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from cloister.client.transport import (
 from cloister.core.protocol.flow import Flow, Outgoing, Pause
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.core.secret import Secret
+from cloister.core.times import time_text
 from cloister.errors import (
     AccessRefused,
     AppraisalRefused,
@@ -77,7 +79,7 @@ def test_arrays_in_arrays_out(theatre):
         assert shown["service"] == theatre.realm.id.hex()
         name = next(iter(wanted))
         assert list(made.infer(theatre.stage.model, {"image": IMAGE}, outputs=(name,))) == [name]
-        assert json.loads(made.metadata(theatre.stage.model))["inputs"][0]["name"] == "image"
+        assert made.metadata(theatre.stage.model)["inputs"][0]["name"] == "image"
         assert made.verify().document.service == theatre.realm.id
 
 
@@ -99,6 +101,29 @@ def test_bad_inputs_get_a_clear_error_and_break_nothing(theatre, inputs, code):
             made.infer(theatre.stage.model, inputs)
         assert caught.value.code == code
         made.infer(theatre.stage.model, {"image": IMAGE})
+
+
+def test_a_list_gets_a_hint(theatre):
+    with client(theatre) as made:
+        with pytest.raises(InvalidRequest) as caught:
+            made.infer(theatre.stage.model, {"image": [1.0]})
+        assert (caught.value.code, caught.value.actual) == ("request.datatype", "list")
+        assert "numpy.asarray" in caught.value.hint
+
+
+def test_a_record_is_told_with_dates(theatre):
+    with client(theatre) as made:
+        made.verify()
+        record = made.record
+        text = str(record)
+        assert record.evidence is not None
+        assert f"[ok] valid until: {time_text(record.evidence.not_after)}" in text
+        assert "expired" not in text
+        assert not re.search(r"\b\d{10}\b|0x", text)
+        assert "[note] 11: nothing to show for SGX" in text
+        assert f"[ok] attributes: {record.evidence.measurements['attributes'].hex()}" in text
+        assert [each["name"] for each in record.to_dict()["steps"]] == [each.name for each in record.steps]
+        assert "expired" in [each.name for each in record.steps]
 
 
 def test_inputs_that_are_too_large_do_not_leave(theatre):
@@ -220,7 +245,7 @@ async def test_asynchronously(theatre):
     ) as made:
         outputs = await made.infer("d", {"image": IMAGE})
         assert all(outputs[name].tobytes() == array.tobytes() for name, array in right().items())
-        assert json.loads(await made.metadata("d"))["name"] == theatre.stage.model
+        assert (await made.metadata("d"))["name"] == theatre.stage.model
         assert (await made.verify()).document.service == theatre.realm.id
         transport = AsyncCloisterTransport(made)
         async with httpx.AsyncClient(transport=transport, base_url="http://models") as sdk:

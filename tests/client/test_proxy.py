@@ -25,6 +25,7 @@ from cloister.client.proxy.messages import SERVICE, message
 from cloister.client.proxy.room import Room
 from cloister.client.proxy.server import Places, Proxy
 from cloister.core import oip
+from cloister.core.times import time_text
 from cloister.core.verifier.result import Step
 from cloister.errors import AppraisalRefused, TransportError, UsageError
 from support.realm import STRANGER, policy
@@ -170,6 +171,20 @@ async def test_a_body_that_does_not_come_takes_no_room_from_others(theatre):
             "an answer of the enclave's, not the proxy's 429"
         )
         writer.close()
+
+
+async def test_an_alias_for_a_model_that_is_not_served_stops_the_start(theatre):
+    aliases = {"digits": f"{theatre.stage.model}x"}
+    proxy = Proxy(made_client(theatre, aliases=aliases), ANY)
+    with pytest.raises(UsageError) as refused:
+        await proxy.start()
+    assert refused.value.code == "proxy.alias"
+    assert proxy._listener is None
+
+
+async def test_extensions_are_those_that_are_served(theatre):
+    async with running(theatre) as (_, rest, _):
+        assert (await rest.get("/v2")).json()["extensions"] == ["binary_tensor_data"]
 
 
 @pytest.mark.parametrize("part", ["key_service", "worker"])
@@ -372,7 +387,8 @@ async def test_grpc(theatre):
     async with running(theatre) as (_, _, channel):
         assert (await call(channel, "ServerLive")).live
         assert (await call(channel, "ServerReady")).ready
-        assert (await call(channel, "ServerMetadata")).name == "cloister"
+        found = await call(channel, "ServerMetadata")
+        assert (found.name, list(found.extensions)) == ("cloister", ["binary_tensor_data"])
         assert (await call(channel, "ModelReady", name="digits", version="1")).ready
         assert not (await call(channel, "ModelReady", name="nonesuch")).ready
         found = await call(channel, "ModelMetadata", name=theatre.stage.model)
@@ -441,6 +457,8 @@ async def test_the_record_as_page_and_as_json(theatre):
         assert not re.search(r"(src|href|url|import)\s*[=(]|https?:", text)
         session = proxy.forwarder.client.session
         evidence = conversation.current().attested.evidence
+        assert f"<td>valid until</td><td>ok</td><td>{time_text(evidence.not_after)}</td>" in text
+        assert not re.search(r"\b\d{10}\b", text)
         for shown in (theatre.realm.id.hex(), evidence.measurement.hex(), theatre.stage.model, "possession"):
             assert shown in text
         found = (await rest.get("/verification.json")).json()

@@ -401,15 +401,20 @@ async def test_without_an_identity():
 async def test_a_model_that_no_pool_serves():
     stage, user = await opened()
     other = f"{owner_key('other').thumbprint.hex()}/digits"
-    await refused(NotFound, "not-found.model", user.infer(other))
+    error = await refused(NotFound, "not-found.model", user.infer(other))
+    assert error.hint == "`cloister verify URL` lists what is served"  # another owner's model may be bait
+    error = await refused(NotFound, "not-found.model", user.infer(f"{stage.model}s"))
+    assert error.hint == f"Did you mean {stage.model}?"
     await nothing_left(stage)
 
 
 @pytest.mark.parametrize("name", ["", "digits", "x/y", "../digits"])
 async def test_a_name_that_is_no_model_id(name):
     stage, user = await opened()
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as caught:
         user.session.resolve(name)
+    assert "<owner>/<name>" in caught.value.hint
+    assert "--alias" in caught.value.hint
     await nothing_left(stage)
 
 

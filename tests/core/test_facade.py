@@ -11,6 +11,7 @@ import pytest
 import cloister
 
 NAMES = [
+    "AccessRefused",
     "AllOf",
     "AmdCollateral",
     "AnyOf",
@@ -23,12 +24,19 @@ NAMES = [
     "CloisterTransport",
     "Collateral",
     "Consent",
+    "DeadlineExceeded",
     "Evidence",
     "Identity",
+    "InvalidRequest",
+    "NotFound",
     "OpenAITransport",
+    "Overloaded",
     "Record",
+    "Refused",
     "TextEmbedder",
+    "TransportError",
     "TrustAnchors",
+    "Unavailable",
     "UserPolicy",
     "VerifiedEvidence",
     "appraise",

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,22 @@ import numpy as np
 import pytest
 
 import cloister
-from cloister.cli import main
+from cloister.cli import _COMMANDS, _EXTRAS, _how_to_install, main
 from cloister.cli.output import report, table
+from cloister.cli.owner import _user_id
 from cloister.cli.up import SETTING_HELP
 from cloister.core.evidence.pem import to_pem
 from cloister.core.protocol.configuration import SETTINGS
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.verifier.anchors import split_certificates
-from cloister.errors import AppraisalRefused
+from cloister.errors import AppraisalRefused, UsageError
 from cloister.owner.policy import ModelPolicy
 from cloister.sim.authority import SimulatedAuthority
 from e2e.malicious import eventually
 from e2e.world import MODELS, World, processes_of
 
 SOURCE = Path(cloister.__file__).resolve().parent
+ROOT = SOURCE.parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,6 +438,54 @@ def test_a_command_without_its_package_says_what_to_install(tmp_path: Path) -> N
     arguments = ("infer", "http://127.0.0.1:9", "m", "--input", "a=b", "--policy", "p", "--identity", "i")
     ran = begin("sys.modules['httpx'] = None", *arguments, "--json")
     assert (ran.code, ran.json["error"], ran.json["expected"]) == (1, "usage.extra", "httpx")
+    assert "'.[client]'" in ran.json["hint"]
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("owner", "onnx", "owner"),
+        ("measure", "uvloop", "enclave"),
+        ("proxy", "grpc", "proxy"),
+        ("up", "x", ""),
+    ],
+)
+def test_the_hint_names_the_one_extra_that_lacks(command: str, package: str, extra: str) -> None:
+    hint = _how_to_install(package, command=command)
+    assert hint.endswith(f"'.[{extra}]'" if extra else "pip install .")
+
+
+def test_the_extras_of_hints_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert _EXTRAS.keys() | {"all"} == project["optional-dependencies"].keys()
+    assert set(_COMMANDS.values()) <= _EXTRAS.keys()
+
+
+def test_no_hint_leads_to_a_registry() -> None:
+    for path in (*SOURCE.rglob("*.py"), *(ROOT / "examples").rglob("*.py"), *(ROOT / "docs").rglob("*.md")):
+        assert "cloister[" not in path.read_text(), path
+
+
+def test_a_proxy_has_one_place_for_rest(here: Here, tmp_path: Path) -> None:
+    arguments = ("--unix", tmp_path / "s", "--rest-port", "0", "--policy", "p", "--identity", "i")
+    ran = here("proxy", "http://127.0.0.1:9", *arguments, "--json")
+    assert (ran.code, ran.json["error"]) == (1, "proxy.unix")
+
+
+def test_a_user_id_that_is_none_says_who_prints_it() -> None:
+    with pytest.raises(UsageError) as caught:
+        _user_id("not hex")
+    assert caught.value.code == "policy.user"
+    assert "cloister user id OWNER" in caught.value.hint
+
+
+def test_sealing_again_says_what_it_replaces(here: Here, tmp_path: Path) -> None:
+    desk = ("--desk", tmp_path / "desk")
+    assert here("owner", "init", *desk).code == 0
+    seal = ("owner", "seal", "digits", MODELS / "digits.onnx", *desk)
+    assert "replaces" not in here(*seal).out
+    assert "replaces the sealed file" in here(*seal).out
+    assert "statement" in here("owner", "list", *desk).out.splitlines()[1].split()
 
 
 def test_an_interrupt_while_it_loads_leaves_no_traceback() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-from cloister.cli.measure import measure
+from cloister.cli.measure import _pins, measure
 from cloister.cli.site import reference_policy
 from cloister.core.protocol.trust import Consent, UserPolicy
 from cloister.core.verifier.anchors import TrustAnchors
@@ -260,3 +260,40 @@ def test_a_file_that_no_command_would_take_is_not_compared(compare, reference, t
             run_text(tmp_path, capsys, text.replace(*change))
         assert caught.value.code == code
         assert str(tmp_path) in str(caught.value)
+
+
+# -- what the hint says of distributions -----------------------------------------------
+
+
+def refusal(folder: Path, user: UserPolicy) -> AppraisalRefused:
+    path = folder / "policy.toml"
+    path.write_text(user.to_toml())
+    with pytest.raises(AppraisalRefused) as caught:
+        measure(compare=path)
+    assert caught.value.code == "measure.difference"
+    return caught.value
+
+
+def test_another_version_than_the_pinned_one_is_named(reference, tmp_path, monkeypatch):
+    other = UserPolicy(
+        service=SERVICE,
+        key_service=reference("key-service"),
+        worker=reference(mr_enclave=frozenset({bytes(32)})),
+    )
+    versions = {name: each["version"] for name, each in MEASURED("worker").manifest["distributions"].items()}
+    monkeypatch.setattr(
+        "cloister.cli.measure._pins", lambda: {name: {each} for name, each in versions.items()}
+    )
+    assert "The versions are those of requirements/demo.txt" in refusal(tmp_path, other).hint
+    pins = {name: {each} for name, each in versions.items()} | {"protobuf": {"1.0", "2.0"}}
+    monkeypatch.setattr("cloister.cli.measure._pins", lambda: pins)
+    hint = refusal(tmp_path, other).hint
+    assert f"Not the pinned versions: protobuf {versions['protobuf']} (pinned: 1.0 or 2.0)." in hint
+    monkeypatch.setattr("cloister.cli.measure._pins", lambda: None)
+    assert f"protobuf {versions['protobuf']}" in refusal(tmp_path, other).hint
+
+
+def test_the_pins_of_this_checkout_are_found():
+    pins = _pins()
+    assert pins is not None
+    assert {"protobuf", "numpy", "onnxruntime", "uvloop"} <= pins.keys()

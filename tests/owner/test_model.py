@@ -245,7 +245,7 @@ def test_output_that_no_request_can_carry(tmp_path):
 def test_without_onnx(tmp_path, monkeypatch):
     path = save(product(), tmp_path)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert "cloister[owner]" in refused(path, "model.onnx").hint
+    assert "'.[owner]'" in refused(path, "model.onnx").hint
 
 
 def test_threshold_that_would_move_shapes_out(tmp_path):

@@ -22,7 +22,7 @@ from cloister.errors import TransportError, UsageError
 from cloister.net.front import serve
 from cloister.net.messages import Answer, Head, Limits
 from cloister.party import carry
-from cloister.party.carry import MAX_ANSWER, AsyncCarrier, Carrier
+from cloister.party.carry import MAX_ANSWER, AsyncCarrier, Carrier, _lost
 from cloister.party.wire import Wire, reason_of
 from support.fronts import whole
 
@@ -394,6 +394,37 @@ def test_tls_and_passwords_are_httpx_work(url: str) -> None:
         made.send(Post())
     assert caught.value.actual == "connection refused"
     assert "://127.0.0.1:" in caught.value.expected  # without the password
+
+
+def test_tls_to_a_service_without_it_gets_a_hint() -> None:
+    def answer_plainly(stream: socket.socket) -> None:
+        stream.recv(1000)
+        stream.sendall(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+
+    with (
+        server(answer_plainly) as peer,
+        carrier(f"https://127.0.0.1:{peer.port}") as made,
+        pytest.raises(TransportError) as caught,
+    ):
+        made.send(Post())
+    assert "plain http" in caught.value.hint
+    with carrier(f"https://127.0.0.1:{closed_port()}") as made, pytest.raises(TransportError) as caught:
+        made.send(Post())
+    assert "plain http" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "hinted"),
+    [
+        (httpx.ConnectTimeout("x"), True),
+        (httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER] wrong version number"), True),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"), False),
+        (httpx.ConnectError("[Errno 111] Connection refused"), False),
+    ],
+)
+def test_only_what_may_be_plain_http_is_hinted_at(error: Exception, hinted: bool) -> None:
+    assert ("plain http" in _lost(error, httpx.URL("https://x")).hint) is hinted
+    assert "plain http" not in _lost(error, httpx.URL("http://x")).hint
 
 
 @pytest.mark.parametrize(

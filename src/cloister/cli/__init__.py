@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Final
 
 from cloister.errors import CloisterError, UsageError
+
+# Extra -> what it has that another package may lack, as Python imports it. The first that fits is named, but
+# for a command that has an extra of its own.
+_EXTRAS: Final = {
+    "cli": ("rich", "typer"),
+    "client": ("httpx", "numpy"),
+    "owner": ("onnx", "httpx", "numpy", "onnxruntime"),
+    "host": ("prometheus_client", "starlette", "uvicorn", "httptools", "uvloop", "httpx"),
+    "proxy": ("grpc", "google", "starlette", "uvicorn", "httptools", "uvloop", "httpx", "numpy"),
+    "enclave": ("onnxruntime", "uvloop", "numpy"),
+    "embeddings": ("tokenizers", "httpx", "numpy"),
+}
+_COMMANDS: Final = {"owner": "owner", "proxy": "proxy", "measure": "enclave"}
 
 
 def main() -> None:
@@ -31,6 +45,14 @@ def main() -> None:
         sys.exit(130)
 
 
+def _how_to_install(package: str, *, command: str) -> str:
+    """The one extra that lacks, from a checkout: no registry has a package of ours."""
+    fit = [extra for extra, packages in _EXTRAS.items() if package in packages]
+    own = _COMMANDS.get(command)
+    extra = own if own in fit else next(iter(fit), "")
+    return f"In a checkout: pip install '.[{extra}]'" if extra else "In a checkout: pip install ."
+
+
 def _report_missing(package: str, *, as_json: bool) -> None:
     """As `output.report`, without what that imports: it may be just what is missing."""
     error = UsageError(
@@ -39,7 +61,7 @@ def _report_missing(package: str, *, as_json: bool) -> None:
         claim="package",
         expected=package,
         actual="none",
-        hint="Install cloister[all], or the extras that the README names",
+        hint=_how_to_install(package, command=next((each for each in sys.argv[1:] if each[:1] != "-"), "")),
     )
     if as_json:
         print(json.dumps(error.to_dict()))

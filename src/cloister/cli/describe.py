@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -29,11 +28,10 @@ def describe(
     user = read_user_policy(policy)
     memory = memory or memory_beside(identity, user.service)
     with Client(url, policy=user, identity=Identity.load(identity), memory=memory) as client:
-        answer = client.metadata(model)
+        found = client.metadata(model)
     try:
-        found = json.loads(answer)
         tensors = {part: [_tensor(each) for each in found[part]] for part in ("inputs", "outputs")}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise FormatError("the answer is no model's metadata", claim="metadata") from error
     if as_json:
         print_json({"model": model, **tensors})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ _DIFFER: Final = (
     "Values differ between Python versions, and between the builds of different Linux distributions: "
     "compare them with the same."
 )
+_PINS: Final = "requirements/demo.txt"
 _HARDWARE: Final = (
     "For hardware, take the measurements from the build (deploy/README.md) and write the policy after the "
     "examples in docs/policies.md"
@@ -197,7 +199,7 @@ def _require_same(path: Path, parts: list[_Part]) -> int:
     found = [(part, *difference) for part in parts for difference in _differences(part.policy, part.measured)]
     for part, name, expected, actual in found:
         if expected != actual:
-            same = "Is it the same source, Python and distributions? See: cloister measure --manifest"
+            same = f"Is it the same source, Python and distributions? {_distributions(part.measured)}"
             hardware = f"It demands hardware, and what is measured here is simulated. {_HARDWARE}"
             raise AppraisalRefused(
                 f"{path} differs from this source, measured with {_python()}, by {part.place}.{name}",
@@ -208,6 +210,38 @@ def _require_same(path: Path, parts: list[_Part]) -> int:
                 hint=same if part.policy.anchors.is_simulated else hardware,
             )
     return len(found)
+
+
+def _distributions(measured: Measurement) -> str:
+    """Which distributions are other versions than the checkout pins; all that were measured without one."""
+    installed = {name: str(each["version"]) for name, each in measured.manifest["distributions"].items()}
+    pins = _pins()
+    if pins is None:
+        versions = ", ".join(f"{name} {version}" for name, version in installed.items())
+        return f"Measured were {versions}; the pins are in {_PINS} of the checkout"
+    other = [
+        f"{name} {version} (pinned: {' or '.join(sorted(pins[name]))})"
+        for name, version in installed.items()
+        if name in pins and version not in pins[name]
+    ]
+    install = f"pip install --require-hashes -r {_PINS}"
+    if other:
+        return f"Not the pinned versions: {', '.join(other)}. In the checkout: {install}"
+    return f"The versions are those of {_PINS} here; see the rest with: cloister measure --manifest"
+
+
+def _pins() -> dict[str, set[str]] | None:
+    """Distribution -> versions that the checkout pins, found where the source lies or where we stand."""
+    for folder in (*Path(__file__).resolve().parents[2:4], Path.cwd()):
+        try:
+            text = (folder / _PINS).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        pins: dict[str, set[str]] = {}
+        for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", text, re.MULTILINE):
+            pins.setdefault(re.sub(r"[-_.]+", "-", name).lower(), set()).add(version)
+        return pins
+    return None
 
 
 def _refuse(

@@ -69,6 +69,7 @@ def seal(
             actual=str(model.absolute()),
         )
     target = output or desk / f"{name}.sealed"
+    replaces = target.exists()
     with _bar("sealing", quiet=as_json) as progress:
         kept = seal_model(opened, name, model, target, progress=progress)
     facts = {
@@ -79,6 +80,12 @@ def seal(
         "blob": kept.sealed.blob.hex(),
     }
     _print(facts, as_json=as_json)
+    if replaces and not as_json:
+        console.print(
+            "replaces the sealed file that was there; workers serve what was published last until the next "
+            "`cloister owner publish`",
+            markup=False,
+        )
 
 
 @app.command("publish")
@@ -121,7 +128,7 @@ def grant(
 ) -> None:
     """Grant a model to a user."""
     with _publisher(desk, url, service_policy) as publisher:
-        statement = publisher.grant(name, hex_digest(user, "user"), int(time.time()) + days * DAY)
+        statement = publisher.grant(name, _user_id(user), int(time.time()) + days * DAY)
     _print_statement(statement, as_json=as_json)
 
 
@@ -136,8 +143,16 @@ def revoke(
 ) -> None:
     """Take a grant back. Workers follow within their lease, in seconds and in requests."""
     with _publisher(desk, url, service_policy) as publisher:
-        statement = publisher.revoke(name, hex_digest(user, "user"))
+        statement = publisher.revoke(name, _user_id(user))
     _print_statement(statement, as_json=as_json)
+
+
+def _user_id(text: str) -> bytes:
+    try:
+        return hex_digest(text, "user")
+    except UsageError as error:
+        error.hint = "The user prints it with: cloister user id OWNER"
+        raise
 
 
 @app.command("list")
@@ -150,7 +165,7 @@ def list_models(desk: DeskDir = Path("owner"), as_json: AsJson = False) -> None:
         return
     table(
         f"Models of owner {opened.owner.hex()}",
-        ("name", "version", "service", "pool", "grants"),
+        ("name", "statement", "service", "pool", "grants"),
         [
             (m["name"], m["version"] or "sealed only", m["service"] or "", m["pool"] or "", len(m["grants"]))
             for m in models

@@ -11,6 +11,7 @@ import typer
 from cloister.cli.output import console, errors, print_json, table
 from cloister.cli.policies import read_user_policy
 from cloister.cli.verify import AsJson, IdentityFile, PolicyFile, Url, UserMemory, memory_beside
+from cloister.errors import UsageError
 
 if TYPE_CHECKING:
     from cloister.client.proxy.server import Places, Proxy
@@ -20,7 +21,9 @@ def proxy(
     url: Url,
     policy: PolicyFile,
     identity: IdentityFile,
-    rest_port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of REST; 0 picks one.")] = 8500,
+    rest_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="TCP port of REST, 8500 by default; 0 picks one.")
+    ] = None,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port of gRPC; 0 picks one.")] = 8501,
     no_grpc: Annotated[bool, typer.Option("--no-grpc", help="REST only.")] = False,
     unix: Annotated[
@@ -48,15 +51,23 @@ def proxy(
     from cloister.client.client import AsyncClient
     from cloister.client.identity import Identity
     from cloister.client.proxy.names import parse_aliases
-    from cloister.client.proxy.server import Places, Proxy
+    from cloister.client.proxy.server import REST_PORT, Places, Proxy
     from cloister.net.loop import run
 
+    if unix is not None and rest_port is not None:
+        raise UsageError(
+            "REST is served on a Unix socket or on a port",
+            code="proxy.unix",
+            claim="options",
+            expected="one of --unix and --rest-port",
+            actual="both",
+        )
     user = read_user_policy(policy)
     who = Identity.load(identity)
     aliases = parse_aliases(alias or [])
     memory = memory or memory_beside(identity, user.service)
     places = Places(
-        rest=rest_port,
+        rest=REST_PORT if rest_port is None else rest_port,
         grpc=None if no_grpc else grpc_port,
         unix=unix.absolute() if unix is not None else None,
         dangerous_listen=dangerous_listen,

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cloister.cli.output import console, print_json, table
 from cloister.cli.policies import read_user_policy
-from cloister.core.times import time_text
-from cloister.core.verifier.result import Step
-
-if TYPE_CHECKING:
-    from cloister.core.protocol.document import VerifiedDocument
+from cloister.party.steps import told
 
 Url = Annotated[str, typer.Argument(help="URL of a gateway.")]
 PolicyFile = Annotated[Path, typer.Option("--policy", help="User policy (TOML).")]
@@ -56,7 +50,7 @@ def verify(url: Url, policy: PolicyFile, memory: Memory = None, as_json: AsJson 
     table(
         f"Verified: service {record.service.hex()}",
         ("step", "outcome", "detail"),
-        shown(record.steps, verified),
+        [(step.name, step.outcome, step.detail) for step in told(record.steps, record.evidence)],
     )
     table(
         "Pools that the policy accepts",
@@ -75,16 +69,3 @@ def verify(url: Url, policy: PolicyFile, memory: Memory = None, as_json: AsJson 
 def memory_beside(identity: Path, service: bytes) -> Path:
     """Where a user's memory of a service lies unless they name another file."""
     return identity.with_suffix(f".{service.hex()[:16]}.memory")
-
-
-def shown(steps: Iterable[Step], verified: VerifiedDocument) -> list[tuple[str, str, str]]:
-    """Steps for people: times as dates, yes and no, and until when the evidence is valid."""
-    rows = []
-    for step in steps:
-        name, detail = step.name, step.detail
-        if name == "expired":  # its detail is the time of the check
-            name, detail = "valid until", time_text(verified.attested.evidence.not_after)
-        elif name == "validity":
-            detail = re.sub(r"\b\d{10}\b", lambda found: time_text(int(found[0])), detail)
-        rows.append((name, step.outcome, {"True": "yes", "False": "no"}.get(detail, detail)))
-    return rows

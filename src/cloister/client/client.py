@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+import numpy as np
 
 from cloister.client.identity import Identity
 from cloister.client.session import Session, model_path
@@ -22,9 +23,10 @@ from cloister.core.protocol.flow import Flow
 from cloister.core.protocol.limits import MAX_INNER_REQUEST
 from cloister.core.protocol.stages import REUSE
 from cloister.core.protocol.trust import UserPolicy
-from cloister.core.verifier.result import Step
-from cloister.errors import InvalidRequest, UsageError
+from cloister.core.verifier.result import Step, VerifiedEvidence
+from cloister.errors import FormatError, InvalidRequest, UsageError
 from cloister.party.carry import AsyncCarrier, Carrier
+from cloister.party.steps import told
 
 Array = oip.Array
 
@@ -43,6 +45,7 @@ class Record:
             ``attest`` and ``release`` of a cold one; ``release``, ``open``, ``build`` and ``wait`` where it
             waited for them; always ``decrypt``, ``queue``, ``run``, ``encode``, and ``enclave``, which is all
             but the answer's encryption.
+        evidence: The key service's, which some steps speak of; None where nobody has it.
         reuse: ``"cold"`` for the first answer of an enclave, ``"warm"`` for one that waited for keys or for
             its model, ``"hot"`` for all others; empty where the enclave didn't say.
         batch: How many requests ran together with it, itself included; 0 where the enclave didn't say.
@@ -56,9 +59,10 @@ class Record:
     stages: dict[str, float] = field(default_factory=dict)
     batch: int = 0
     reuse: str = ""
+    evidence: VerifiedEvidence | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON; steps as they were taken, with their numbers."""
         return {
             "service": self.service.hex(),
             "simulated": self.simulated,
@@ -71,8 +75,8 @@ class Record:
         }
 
     def __str__(self) -> str:
-        """One line for each step."""
-        return "\n".join(step.line() for step in self.steps)
+        """One line for each step, as `cloister verify` tells them."""
+        return "\n".join(step.line() for step in told(self.steps, self.evidence))
 
 
 class _Base:
@@ -112,6 +116,7 @@ class _Base:
             stages=dict(self._stages),
             batch=self._batch,
             reuse=self._reuse,
+            evidence=verified.attested.evidence,
         )
 
     def _infer(
@@ -141,11 +146,17 @@ class _Base:
         self._reuse = parse_reuse(timing)
         return oip.decode_response(memoryview(response.content), response.field(oip.HEADER_LENGTH))
 
-    def _metadata(self, model: str) -> Flow[bytes]:
+    def _metadata(self, model: str) -> Flow[dict[str, Any]]:
         model = self._session.resolve(model)
         inner = bhttp.Request(method=b"GET", path=model_path(model))
         response = yield from self._session.request(model, inner)
-        return bytes(response.content)
+        try:
+            found = json.loads(bytes(response.content))
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise FormatError("the answer is no model's metadata", claim="metadata")
+        return found
 
     def _index(self, model: str) -> Flow[list[dict[str, str]]]:
         model = self._session.resolve(model)
@@ -201,7 +212,8 @@ class Client(_Base):
             model: Model id ``<owner>/<name>`` or an alias.
             inputs: Input name -> array, with the model's own shapes and types.
             outputs: Names of the outputs wanted; empty for all.
-            deadline_ms: Milliseconds by which the run must begin.
+            deadline_ms: Milliseconds within which the run must begin, once the enclave has the request; a
+                request that misses it isn't sent again.
             timeout: Seconds by which the answer must be here, all attempts included; None: two minutes for
                 each attempt, and more for a large body.
 
@@ -215,8 +227,12 @@ class Client(_Base):
         """
         return self._carrier.run(self._infer(model, inputs, outputs, deadline_ms), timeout)
 
-    def metadata(self, model: str) -> bytes:
-        """The model's metadata (JSON, Open Inference Protocol)."""
+    def metadata(self, model: str) -> dict[str, Any]:
+        """The model's metadata (Open Inference Protocol): its name, versions, inputs and outputs.
+
+        Raises:
+            FormatError: the answer is none.
+        """
         return self._carrier.run(self._metadata(model))
 
     def index(self, model: str) -> list[dict[str, str]]:
@@ -277,7 +293,7 @@ class AsyncClient(_Base):
         """As `Client.infer`."""
         return await self._carrier.run(self._infer(model, inputs, outputs, deadline_ms), timeout)
 
-    async def metadata(self, model: str) -> bytes:
+    async def metadata(self, model: str) -> dict[str, Any]:
         """As `Client.metadata`."""
         return await self._carrier.run(self._metadata(model))
 
@@ -309,7 +325,7 @@ class AsyncClient(_Base):
 
 
 def _require_arrays(inputs: object) -> None:
-    """Refuse what is no mapping of names to arrays; raises UsageError."""
+    """Refuse what is no mapping of names to arrays; raises UsageError, or InvalidRequest for one value."""
     if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
         raise UsageError(
             "the inputs are no arrays by name",
@@ -318,6 +334,16 @@ def _require_arrays(inputs: object) -> None:
             expected="a dict of input name to numpy array",
             actual=type(inputs).__name__,
         )
+    for name, array in inputs.items():
+        if not isinstance(array, np.ndarray):
+            raise InvalidRequest(
+                "an input is no array",
+                code="request.datatype",
+                claim=f"input {name[:80]}",
+                expected="a numpy array",
+                actual=type(array).__name__,
+                hint='Make one, with the type that the model takes: numpy.asarray(VALUES, dtype="float32")',
+            )
 
 
 def _speak_numpy(error: InvalidRequest) -> None:

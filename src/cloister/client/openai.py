@@ -72,7 +72,7 @@ class TextEmbedder:
                 claim="extra",
                 expected="tokenizers",
                 actual="none",
-                hint='Install it with: pip install "cloister[embeddings]"',
+                hint="In a checkout: pip install '.[embeddings]'",
             ) from error
         try:
             tokenizer: Any = FastTokenizer.from_file(os.fspath(path))

@@ -12,6 +12,7 @@ A request goes through these steps, numbered as the body cites them:
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from cloister.errors import (
     BindingRefused,
     CloisterError,
     DeadlineExceeded,
+    FormatError,
     NotFound,
     TransportError,
     Unavailable,
@@ -47,6 +49,11 @@ MAX_PREPARED: Final = 8  # models for which one waits
 RETRY_PAUSES: Final = (0.05, 0.2, 0.5, 1.0)  # seconds before each further attempt
 SHARED_PAUSE: Final = 0.005  # seconds between looks at a verification that another task makes
 _MODELS: Final = b"/v2/models/"
+_MOST_COMPARED: Final = 256  # names that an unknown one is compared with
+_HOW_TO_NAME: Final = (
+    "Give <owner>/<name>, as `cloister verify URL` lists it; short names come from Client(aliases=...) and "
+    "`cloister proxy --alias`"
+)
 # A model that fits no worker won't fit in a second; and nobody wants to wait five times as long.
 _FINAL: Final = frozenset({"overloaded.model", "transport.timeout"})
 _STALE: Final = frozenset({"access.statement", "binding.epoch", "binding.request"})
@@ -175,7 +182,11 @@ class Session:
     def resolve(self, model: str) -> str:
         """The model id that an alias stands for; raises FormatError where it is none."""
         model = self.aliases.get(model, model)
-        owner_of(model)
+        try:
+            owner_of(model)
+        except FormatError as error:
+            error.hint = error.hint or _HOW_TO_NAME
+            raise
         return model
 
     def place(self, model: str) -> tuple[PoolEntry, ServedModel]:
@@ -207,6 +218,7 @@ class Session:
             claim="model",
             expected=model,
             actual=f"{sum(len(entry.models) for entry in document.pools)} other models",
+            hint=_nearest(document, model),
         )
         for entry in document.pools_of(model):
             try:
@@ -276,6 +288,15 @@ class Session:
             if isinstance(failure, StaleKey) or not self.conversation.fresh(self.now()):
                 raise
             return self.conversation.current()
+
+
+def _nearest(document: ServiceDocument, model: str) -> str:
+    """A hint: the model of the same owner whose name is nearest. Another owner's may be bait."""
+    owner, _, name = model.partition("/")
+    served = {each.model for entry in document.pools for each in entry.models}
+    names = sorted(each.partition("/")[2] for each in served if each.partition("/")[0] == owner)
+    close = difflib.get_close_matches(name, names[:_MOST_COMPARED], n=1)
+    return f"Did you mean {owner}/{close[0]}?" if close else "`cloister verify URL` lists what is served"
 
 
 def _require_owner(entry: PoolEntry, model: str) -> None:

@@ -120,7 +120,7 @@ def _parse(data: bytes) -> ModelProto:
         import onnx
     except ImportError as error:
         raise UsageError(
-            "reading models needs onnx", code="model.onnx", hint="Install cloister[owner]"
+            "reading models needs onnx", code="model.onnx", hint="In a checkout: pip install '.[owner]'"
         ) from error
     model = onnx.ModelProto()
     try:

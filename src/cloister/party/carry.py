@@ -26,6 +26,8 @@ _FOREIGN: Final = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, Runtime
 MAX_ANSWER: Final = 128 << 20  # bytes
 TIMEOUT: Final = httpx.Timeout(30.0, connect=5.0)
 PATIENCE: Final = 120.0  # seconds for the answer to an encapsulated request: a model may have to be loaded
+_CHECK: Final = "Check the URL, and that the service runs"
+_PLAIN: Final = "Does the service speak plain http? Then its URL begins with http://"
 _OHTTP: Final = b"/ohttp"
 _LIMITS: Final = Limits(max_body=MAX_ANSWER)
 
@@ -265,5 +267,12 @@ def _lost(error: Exception, url: httpx.URL) -> TransportError:
         claim="connection",
         expected=f"an answer from {str(url.copy_with(userinfo=b'')).rstrip('/')}",
         actual=reason_of(error),
-        hint="Check the URL, and that the service runs",
+        hint=_PLAIN if url.scheme == "https" and _speaks_no_tls(error) else _CHECK,
     )
+
+
+def _speaks_no_tls(error: Exception) -> bool:
+    """Whether it failed as TLS does where it meets plain HTTP; a bad certificate is TLS all the same."""
+    text = str(error).upper()
+    failed = isinstance(error, httpx.ConnectError) and ("SSL" in text or "RESET" in text or not text)
+    return isinstance(error, httpx.TimeoutException) or (failed and "CERTIFICATE" not in text)

@@ -194,7 +194,7 @@ def _distribution(name: str, site: Path | None) -> Distribution:
             claim="distribution",
             expected=name,
             actual="nothing",
-            hint="install cloister[enclave]",
+            hint="In a checkout: pip install --require-hashes -r requirements/demo.txt",
         )
     # Not `found.files`: from Python 3.12 on it silently leaves out files that are missing.
     record = found.read_text("RECORD") or ""

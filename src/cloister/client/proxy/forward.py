@@ -20,6 +20,7 @@ from cloister.core.protocol.document import VerifiedDocument
 from cloister.errors import AccessRefused, CloisterError, NotFound, Refused
 
 _VERSION: Final = "1"
+_NOT_HERE: Final = "model_repository"  # an extension of enclaves whose routes the proxy hasn't
 _BY_CODE: Final = {
     "request.size": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     "proxy.encoding": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -118,10 +119,14 @@ class Forwarder:
         return _object(await self.send(model, b"GET", path))
 
     async def server(self) -> dict[str, Any]:
-        """The server's metadata, as an enclave of the first accepted model says it."""
+        """What an enclave of the first accepted model says of itself, without what the proxy hasn't."""
         await self.ensure()
         for model in accepted_models(self.client.session):
-            return _object(await self.send(model, b"GET", b"/v2"))
+            found = _object(await self.send(model, b"GET", b"/v2"))
+            extensions = found.get("extensions")
+            if isinstance(extensions, list):
+                found["extensions"] = [each for each in extensions if each != _NOT_HERE]
+            return found
         return {"name": "cloister", "version": "1", "extensions": []}  # nobody to ask
 
     @contextmanager

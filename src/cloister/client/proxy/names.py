@@ -79,6 +79,7 @@ class Names:
                 claim="model",
                 expected="an id, an alias, or the name of a served model",
                 actual=name[:80],
+                hint="The proxy's /verification lists them",
             )
         self._used[name] = candidates[0]
         return candidates[0]

@@ -12,6 +12,7 @@ from cloister.client.proxy.forward import Forwarder
 from cloister.core.protocol.document import PoolEntry
 from cloister.core.times import time_text
 from cloister.errors import CloisterError
+from cloister.party.steps import told
 
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -104,7 +105,8 @@ def html(forwarder: Forwarder) -> str:
         *((name, value) for name, value in service["measurements"].items()),
     ]
     parts += ["<h2>Service</h2>", _table(("", ""), summary)]
-    rows = [(step["name"], step["outcome"], step["detail"]) for step in found["steps"]]
+    record = forwarder.client.record
+    rows = [(step.name, step.outcome, step.detail) for step in told(record.steps, record.evidence)]
     parts += ["<h2>Steps</h2>", _table(("step", "outcome", "detail"), rows)]
     for pool in found["pools"]:
         parts += _pool_parts(pool)

@@ -12,7 +12,7 @@ from cloister.client.proxy.forward import Forwarder
 from cloister.client.proxy.listen import LOOPBACK, Listener, bind, bind_rpc
 from cloister.client.proxy.rest import rest_app
 from cloister.client.session import Session
-from cloister.errors import CloisterError
+from cloister.errors import CloisterError, UsageError
 
 REST_PORT: Final = 8500
 GRPC_PORT: Final = 8501
@@ -60,12 +60,13 @@ class Proxy:
 
         Raises:
             Refused: the service, or every pool of it, is not what the policy demands; nothing listens then.
-            UsageError: an address is taken.
+            UsageError: an address is taken, or an alias stands for a model that the service hasn't.
             Unavailable: the service can't be reached.
         """
         try:
             await self.forwarder.ensure()
             require_a_pool(self.forwarder.client.session)
+            require_aliases(self.forwarder.client.session)
             await self._listen()
         except BaseException:
             await self.stop(grace=0)
@@ -105,6 +106,21 @@ class Proxy:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.stop()
+
+
+def require_aliases(session: Session) -> None:
+    """Refuse an alias for a model that isn't served: it would hide the one that has its name."""
+    document = session.conversation.current().document
+    served = {each.model for entry in document.pools for each in entry.models}
+    for short, model in session.aliases.items():
+        if model not in served:
+            raise UsageError(
+                "the alias stands for a model that the service hasn't",
+                code="proxy.alias",
+                claim="--alias",
+                expected="a model that `cloister verify URL` lists",
+                actual=f"{short}={model}"[:200],
+            )
 
 
 def require_a_pool(session: Session) -> None:
