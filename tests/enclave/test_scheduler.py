@@ -752,6 +752,22 @@ async def test_copies_prove_nothing(bench):
     assert not lane.profile.offered
 
 
+async def test_no_memory_for_a_batch_says_nothing_about_batches(bench):
+    def only_alone(x: Array) -> Array:
+        if len(x) > 1:
+            raise Overloaded(claim="memory")
+        return x * 2
+
+    await queued(bench, [(mark, "u", {}) for mark in range(6)], SAME)
+    lane = bench.scheduler._lanes["model", False]
+    lane.profile.limit, lane.profile._agreed, lane.profile._seen = 8, 9, [9] * 7
+    bench.model.work = only_alone
+    results = await queued(bench, [(mark, "u", {}) for mark in range(6)], SAME)
+    assert [(each.outputs["y"] == 2 * mark).all() for mark, each in enumerate(results)] == [True] * 6
+    assert max(len(x) for x in bench.model.ran) > 1
+    assert lane.profile.offered
+
+
 async def test_a_trial_answers_before_it_compares(bench):
     """The request's buffer is wiped as soon as it is answered; the trial has its own copies."""
     bench.model.seconds = 0.001

@@ -57,7 +57,7 @@ def test_many_are_let_in_though_each_turn_is_long(go: Go) -> None:
 
     async def main() -> int:
         protocol = counting()
-        (listener,) = tcp_sockets("127.0.0.1", 0)
+        (listener,) = tcp_sockets(("127.0.0.1",), 0)
         acceptor = Acceptor(listener, protocol, asyncio.get_running_loop())
         peers = [socket.create_connection(listener.getsockname()) for _ in range(100)]
         for _ in range(8):
@@ -153,7 +153,7 @@ def test_what_a_dead_process_left_is_replaced_and_another_s_is_not_removed(go: G
 def test_tcp_connections_do_not_wait_for_more_to_send(go: Go) -> None:
     async def main() -> int:
         protocol = counting()
-        (listener,) = tcp_sockets("127.0.0.1", 0)
+        (listener,) = tcp_sockets(("127.0.0.1",), 0)
         acceptor = Acceptor(listener, protocol, asyncio.get_running_loop())
         peer = socket.create_connection(listener.getsockname())
         while not protocol.made:  # noqa: ASYNC110

@@ -91,6 +91,35 @@ def test_more_than_there_is_memory_for_fails_every_handler_beyond(go: Go) -> Non
     go(main())
 
 
+def test_the_end_of_a_peer_is_seen_after_it_filled_the_head_s_buffer(go: Go) -> None:
+    async def main() -> None:
+        seen: list[int] = []
+
+        async def handler(head: Head, body: Body) -> Answer:
+            await body.whole()
+            seen.append(0)
+            if len(seen) > 1:
+                body.when_abandoned(lambda: seen.append(-1))
+                await asyncio.sleep(1)
+            await asyncio.sleep(0.1)
+            return Answer(body=b"x")
+
+        front = await serve(handler, limits=Limits(max_head=4096))
+        client = await Raw.connect(front)
+        request = POST % (3000, b"") + bytes(3000)
+        client.writer.write(request)
+        await asyncio.sleep(0.05)
+        client.writer.write(request + request)  # more than the buffer of a head holds
+        while len(seen) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        client.writer.transport.abort()
+        await asyncio.sleep(0.3)
+        assert seen[-1] == -1
+        await front.close(0)
+
+    go(main())
+
+
 def test_large_bodies_leave_room_for_small_ones(go: Go) -> None:
     """Four requests of 64 MiB that waited for their turn shut everybody out."""
 

@@ -353,3 +353,38 @@ def test_a_truncated_stream(go: Go) -> None:
             assert caught.value.code == "transport.closed"
 
     go(main())
+
+
+def test_a_second_answer_does_not_replace_the_first(go: Go) -> None:
+    """Both came in one read: 20,000 bytes were given out as 5,000,000, most of them zeros."""
+
+    async def main() -> None:
+        one = b"HTTP/1.1 200 OK\r\ncontent-length: 20000\r\n\r\n" + b"a" * 20000
+        two = b"HTTP/1.1 200 OK\r\ncontent-length: 5000000\r\n\r\n" + b"b" * 10
+        seen = bytearray()
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Scripted([one + two, one], seen, then_close=False), "127.0.0.1", 0
+        )
+        upstream = Upstream(Peer(host="127.0.0.1", port=server.sockets[0].getsockname()[1]))
+        try:
+            answer = await upstream.request(b"POST", b"/ohttp", timeout=2)
+            assert bytes(answer.body) == b"a" * 20000
+        except TransportError as error:  # where what follows was seen first
+            assert error.code == "transport.format"  # noqa: PT017
+        assert (await upstream.request(b"POST", b"/ohttp", timeout=2)).body == b"a" * 20000
+        await upstream.aclose()
+        server.close()
+
+    go(main())
+
+
+def test_a_peer_that_is_not_there_takes_no_place(go: Go) -> None:
+    async def main() -> None:
+        upstream = Upstream(Peer(host="127.0.0.1", port=9), limits=Limits(max_connections=1))
+        for _ in range(3):
+            with pytest.raises(TransportError) as caught:
+                await upstream.request(b"POST", b"/ohttp", timeout=1)
+            assert caught.value.code == "transport.connect"
+        await upstream.aclose()
+
+    go(main())

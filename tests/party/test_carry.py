@@ -563,3 +563,19 @@ def test_the_answer_to_an_upload_is_not_expanded() -> None:
     with server(line) as made, carrier(made.url) as carried:
         assert carried.upload("/v1/blobs", iter([b"abc"]), 3).body == packed
         assert b"accept-encoding: identity\r\n" in made.requests[0].lower()
+
+
+@pytest.mark.parametrize("allowed", [None, 60.0])
+def test_both_carriers_wait_for_a_model_to_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, allowed: float | None
+) -> None:
+    """The synchronous one gave up after the seconds that a connection may be silent elsewhere."""
+    carrier = Carrier("http://127.0.0.1:9")
+    assert carrier._wire is not None
+    assert carrier._wire._silence == carry.PATIENCE
+    until = carry._until(allowed)
+    post: Any = Post()
+    assert carry._timeout(post, until).read == pytest.approx(allowed or carry.PATIENCE, abs=1)
+    post.target = b"/.well-known/cloister"
+    assert carry._timeout(post, until).read == 30
+    carrier.close()

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ MAX_UNIX_PATH: Final = 107  # bytes (sun_path of unix(7), less its terminator)
 BACKLOG: Final = 512
 _BATCH: Final = 64  # connections accepted in one turn
 _PAUSE: Final = 0.1  # seconds without accepting, where the process has no more descriptors
+_NO_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -68,6 +69,8 @@ class Acceptor:
                     continue
                 return
             peer.setblocking(False)
+            if peer.family != socket.AF_UNIX:  # asyncio does it for sockets of its own alone
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = self._loop.create_task(self._loop.connect_accepted_socket(self._factory, peer))
             self._joining.add(task)
             task.add_done_callback(partial(self._joined, peer))
@@ -78,22 +81,50 @@ class Acceptor:
             peer.close()
 
 
-def tcp_sockets(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to each address of a name; port 0 picks one for the first. Raises OSError."""
+def tcp_sockets(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Sockets bound to one port of each address of these names; port 0 picks one.
+
+    IPv6 addresses that this machine doesn't have are passed over.
+
+    Raises:
+        OSError: one of them is taken, or none is there.
+    """
     made: list[socket.socket] = []
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            each = socket.socket(family, kind, protocol)
-            made.append(each)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            each.bind(address)
+        for host in hosts:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, _, _, _, address in found:
+                each = _bound(family, (address[0], port, *address[2:]))
+                if each is not None:
+                    made.append(each)
+                    port = int(each.getsockname()[1])
+        if not made:
+            raise OSError(errno.EADDRNOTAVAIL, "no such address here")
     except OSError:
         for each in made:
             each.close()
+        raise
+    return made
+
+
+def _bound(family: int, address: tuple[Any, ...]) -> socket.socket | None:
+    """A bound socket; None where the machine hasn't that kind of address."""
+    try:
+        made = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno in _NO_ADDRESS:
+            return None
+        raise
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+        made.setblocking(False)
+    except OSError as error:
+        made.close()
+        if error.errno in _NO_ADDRESS and family == socket.AF_INET6:
+            return None
         raise
     return made
 

@@ -337,7 +337,8 @@ class Connection(asyncio.BufferedProtocol):
         body = answer.body if http1.has_body(answer.status, request.method) else b""
         if self._state is _State.BODY:
             head = http1.format_answer(answer, keep_alive=False)
-            self._end(lambda: self._write_message(head, body))
+            linger = max(_LINGER, self._shared.limits.transfer_timeout(len(body)) if body else 0.0)
+            self._end(lambda: self._write_message(head, body), linger)
             return
         self._write_message(head, body)
         if not self._writable.is_set():
@@ -361,7 +362,8 @@ class Connection(asyncio.BufferedProtocol):
         self._deadline = self._since + wait
         if self._filled:
             self._advance()
-        if self._state in (_State.HEAD, _State.BODY) and not self._transport.is_closing():
+        alive = self._state is not _State.GONE and not self._transport.is_closing()
+        if alive and self._filled < len(self._head):  # while BUSY, too: the peer's end must be seen
             self._transport.resume_reading()
 
     def _refuse(self, status: int, fields: Fields = ()) -> None:
@@ -369,12 +371,12 @@ class Connection(asyncio.BufferedProtocol):
         head = http1.format_answer(Answer(status=status, fields=fields), keep_alive=False)
         self._end(lambda: self._write(head))
 
-    def _end(self, write: Callable[[], None]) -> None:
-        """Write the last answer, and drop what still arrives until the peer has read it."""
+    def _end(self, write: Callable[[], None], linger: float = _LINGER) -> None:
+        """Write the last answer; drop what still arrives until the peer has read it, for so many seconds."""
         self._body.fail()
         self._filled = 0
         self._state = _State.DISCARD
-        self._deadline = self._shared.loop.time() + _LINGER
+        self._deadline = self._shared.loop.time() + linger
         write()
         if not self._transport.is_closing():
             self._transport.write_eof()

@@ -94,7 +94,7 @@ class Exchange(asyncio.BufferedProtocol):
                 self._resolve()
             return
         self._filled += nbytes
-        if self._waiter is None:
+        if self._waiter is None or self._waiter.done():
             self._fail("the peer spoke without being asked")
         else:
             self._read_head()

@@ -32,7 +32,14 @@ class FrontServer:
 
     def __init__(self, listeners: list[socket.socket], shared: Shared, *, unix: Path | None) -> None:
         self.port = 0 if unix is not None else int(listeners[0].getsockname()[1])
-        self._acceptors = [Acceptor(each, lambda: Connection(shared), shared.loop) for each in listeners]
+        self._acceptors: list[Acceptor] = []
+        try:
+            for each in listeners:
+                self._acceptors.append(Acceptor(each, lambda: Connection(shared), shared.loop))
+        except OSError:
+            for acceptor in self._acceptors:
+                acceptor.close()
+            raise
         self._shared = shared
         self._unix = None if unix is None else (unix, unix.stat().st_ino)
         limits = shared.limits
@@ -129,7 +136,7 @@ async def serve(
     )
     listeners: list[socket.socket] = []
     try:
-        listeners = [unix_socket(unix)] if unix is not None else tcp_sockets(host, port)
+        listeners = [unix_socket(unix)] if unix is not None else tcp_sockets((host,), port)
         return FrontServer(listeners, shared, unix=unix)
     except OSError as error:
         for each in listeners:

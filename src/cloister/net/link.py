@@ -159,6 +159,11 @@ class Upstream:
                     await self._slots.acquire()
                 finally:
                     self._waiting -= 1
+                if self._closed:
+                    self._slots.release()
+                    raise TransportError(
+                        f"the link to {self.peer} is closed", code="transport.closed", sent=False
+                    )
                 exchange = await self._connect()
         except TimeoutError:
             raise TransportError("the peer took too long", code="transport.timeout", sent=False) from None

@@ -45,7 +45,11 @@ class Carrier:
 
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
         self._plain = _plain(url) if transport is None else None
-        self._wire = Wire(self._plain.host, self._plain.port, limits=_LIMITS) if self._plain else None
+        self._wire = (
+            Wire(self._plain.host, self._plain.port, limits=_LIMITS, silence=PATIENCE)
+            if self._plain
+            else None
+        )
         self._http = httpx.Client(
             base_url=url, transport=transport, timeout=TIMEOUT, follow_redirects=False, trust_env=False
         )
@@ -86,7 +90,7 @@ class Carrier:
                 outgoing.target.decode(),
                 headers=[*outgoing.fields],
                 content=bytes(outgoing.body) if outgoing.content else None,
-                timeout=_timeout(until),
+                timeout=_timeout(outgoing, until),
             ) as response:
                 return _whole(response)
         except _FOREIGN as error:
@@ -152,7 +156,7 @@ class AsyncCarrier:
                 outgoing.target.decode(),
                 headers=[*outgoing.fields],
                 content=bytes(outgoing.body) if outgoing.content else None,
-                timeout=_timeout(until),
+                timeout=_timeout(outgoing, until),
             ) as response:
                 body = bytearray()
                 async for piece in response.aiter_raw():
@@ -219,12 +223,11 @@ def _patience(outgoing: Outgoing, until: float) -> float:
     return min(usual, max(until - time.monotonic(), 0.001))
 
 
-def _timeout(until: float) -> httpx.Timeout:
+def _timeout(outgoing: Outgoing, until: float) -> httpx.Timeout:
     """The same for what httpx carries, for each wait."""
-    if until == math.inf:
-        return TIMEOUT
+    usual = PATIENCE if outgoing.target == _OHTTP else TIMEOUT.read or PATIENCE
     left = max(until - time.monotonic(), 0.001)
-    return httpx.Timeout(min(30.0, left), connect=min(5.0, left))
+    return httpx.Timeout(min(usual, left), connect=min(5.0, left))
 
 
 def _until(timeout: float | None) -> float:

@@ -14,7 +14,7 @@ from uvicorn.server import ServerState
 
 from cloister.asgi import configuration
 from cloister.errors import UsageError
-from cloister.net.accept import Acceptor, unix_socket, unlink
+from cloister.net.accept import Acceptor, tcp_sockets, unix_socket, unlink
 
 LOOPBACK: Final = ("127.0.0.1", "::1")
 MAX_HEAD: Final = 64 << 10  # bytes of a request's target and fields
@@ -106,45 +106,11 @@ def bind(hosts: tuple[str, ...], port: int) -> tuple[list[socket.socket], int]:
         UsageError: ``net.listen``, where one of them is taken. On a port that another program has on ``::1``,
             that program would get what is sent to ``localhost``.
     """
-    sockets: list[socket.socket] = []
     try:
-        for host in hosts:
-            family, _, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            made = _bound(family, address)
-            if made is not None:
-                sockets.append(made)
-                port = made.getsockname()[1]
-        if not sockets:
-            raise OSError(errno.EADDRNOTAVAIL, "no such address here")
+        sockets = tcp_sockets(hosts, port)
     except OSError as error:
-        for each in sockets:
-            each.close()
         raise _refused(f"{hosts[0]}:{port}", error.strerror) from error
-    return sockets, port
-
-
-def _bound(family: int, address: Any) -> socket.socket | None:
-    """A bound socket; None where the machine hasn't that kind of address."""
-    try:
-        made = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        if error.errno in _NO_ADDRESS:
-            return None
-        raise
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.bind(address)
-        made.setblocking(False)
-    except OSError as error:
-        made.close()
-        if error.errno in _NO_ADDRESS and family == socket.AF_INET6:
-            return None
-        raise
-    return made
+    return sockets, int(sockets[0].getsockname()[1])
 
 
 def _refused(where: str, reason: str | None) -> UsageError:

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from cloister.core.oip import Array
@@ -59,7 +60,7 @@ class Child:
         self.uses = 0  # loads that go on, and models; guarded by `Children`
         self._ended = False
         self._lock = threading.Lock()
-        self._loading = threading.Lock()  # one at a time, so that threads are left for runs
+        self.loader: Final = ThreadPoolExecutor(1, "load")  # its loads keep nobody else's waiting
         self._numbers = itertools.count()
         self._buffers = Buffers()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -100,11 +101,12 @@ class Child:
         self._line.close()
         self._process.wait()
         self._buffers.close()
+        self.loader.shutdown(wait=False, cancel_futures=True)
 
     def load(
         self, opened: Opened, *, strict: bool
     ) -> tuple[int, int, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Build a session there; blocking. Gives its number, the bytes that it takes, inputs and outputs.
+        """Build a session there; blocking, in `loader`. Gives its number, its bytes, inputs and outputs.
 
         Raises:
             FormatError, InvalidRequest: as `session.build`.
@@ -115,7 +117,7 @@ class Child:
         require_safe(opened.graph)
         number = next(self._numbers)
         places = [list(region.place(opened.graph)), list(region.place(opened.weights))]
-        with self._loading, self._trusting_nothing("loaded"):
+        with self._trusting_nothing("loaded"):
             self._line.greet()
             kind, fields = self._line.ask("load", [number, strict, region.size, *places], region.descriptor)
             region.hand_over()
@@ -158,9 +160,9 @@ class Child:
                     start,
                 ]
                 kind, answer = self._line.ask("run", fields, buffer.descriptor)
-                buffer.hand_over()
-                if kind == "failed":
+                if kind == "failed":  # it may not have taken the buffer's descriptor
                     return None, 0
+                buffer.hand_over()
                 if kind == "large":
                     return None, packets.parse_large(answer)
                 if kind != "ran":
@@ -178,7 +180,7 @@ class Child:
         return outputs, 0
 
     def drop(self, model: int) -> None:
-        """Let a model go there; never waits."""
+        """Let a model go there; waits for its end alone, where it doesn't listen."""
         if not self._ended:
             try:
                 self._line.tell("drop", [model])
@@ -282,7 +284,7 @@ class Children:
             raise
         model = RemoteModel(child, number, inputs, outputs)
         weakref.finalize(model, self._drop, owner, child, number, region).atexit = False
-        return Built(session=model, region=region, memory=memory)
+        return Built(session=model, region=region, memory=max(memory, region.size))  # the rest is its word
 
     def close(self) -> None:
         """End all of them."""

@@ -120,8 +120,8 @@ async def serve(
     models = ModelCache(link, budget=settings["memory_mib"] << 20, children=children)
     worker = Worker(membership, models)
     with (
-        contextlib.nullcontext() if children is None else contextlib.closing(children),
         Scheduler(threads=settings["threads"], queue=settings["queue"]) as scheduler,
+        contextlib.nullcontext() if children is None else contextlib.closing(children),  # ends its runs
     ):
         routes = WorkerRoutes(membership, models, clock, scheduler, refresh=worker.refresh)
         worker.server = EnclaveServer(routes, renew=worker.refresh, encrypted=routes.ladder.encrypted)

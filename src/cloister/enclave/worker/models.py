@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -187,7 +188,7 @@ class ModelCache:
     def holds(self, name: SlotName) -> bool:
         """Whether a model is in memory, ready to run."""
         slot = self._slots.get(name)
-        return slot is not None and slot.model is not None
+        return slot is not None and slot.model is not None and slot.model.alive
 
     def drop(self, name: SlotName) -> bool:
         """Drop a model unless it is in use; True where it is not in memory any more."""
@@ -207,7 +208,7 @@ class ModelCache:
     async def _load(self, live: LiveModel) -> LoadedModel:
         if self._freeing:
             await asyncio.wait(set(self._freeing))
-        with self._place(live.statement) as (take, make):
+        with self._place(live.statement) as (take, make, loader):
             sealed, started = live.statement.sealed_model, time.monotonic()
             opened = await open_sealed(
                 self._link.blob(sealed.blob, sealed.size),
@@ -219,20 +220,23 @@ class ModelCache:
             arrived = time.monotonic()
             try:
                 strict = live.statement.options.isolation == "strict"
-                built = await asyncio.to_thread(make, opened, strict=strict)
+                loop = asyncio.get_running_loop()
+                built = await loop.run_in_executor(loader, partial(make, opened, strict=strict))
             except asyncio.CancelledError:  # the thread goes on, and then nobody holds the session
                 self._leaving.append((opened.region, opened.region.size))
                 raise
         return LoadedModel.of(built, open_seconds=arrived - started, build_seconds=time.monotonic() - arrived)
 
     @contextmanager
-    def _place(self, statement: Statement) -> Iterator[tuple[Callable[[int], Region], Callable[..., Built]]]:
-        """How to take memory for a model, and how to build it: here, or in its owner's child process."""
+    def _place(
+        self, statement: Statement
+    ) -> Iterator[tuple[Callable[[int], Region], Callable[..., Built], Executor | None]]:
+        """How to take memory for a model, how to build it, and in whose thread: here, or in a child."""
         if self._children is None:
-            yield Region, build
+            yield Region, build, None
             return
         with self._children.hold(statement.owner) as child:  # it starts while the model arrives
-            yield SharedRegion, partial(self._children.build, statement.owner, child)
+            yield SharedRegion, partial(self._children.build, statement.owner, child), child.loader
 
     def _taken(self, *wanted: SlotName) -> int:
         """Bytes of all slots, and of the child processes of their owners, that of a wanted one included."""

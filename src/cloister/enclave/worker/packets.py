@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, Final
 
 from cloister.core.encoding import decode, encode
@@ -42,13 +43,13 @@ class Line:
         self._asked = {0}  # the child's first word answers nobody
         self._answers: dict[int, Answer] = {}
         self._reading = self._closed = self._greeted = False
+        self._senders = 0
 
     def greet(self) -> None:
         """Wait until the child is ready."""
         with self._state:
             if not self._greeted:
                 kind, _ = self._await(0)
-                self._answers[0] = (kind, [])  # for others that wait for it
                 if kind != "ready":
                     raise child_lost("it could not give up what it must not have")
                 self._greeted = True
@@ -71,19 +72,16 @@ class Line:
         packet = encode([number, kind, fields])
         if len(packet) > MAX_PACKET:
             raise FormatError(claim="packet", expected=f"at most {MAX_PACKET} B", actual=len(packet))
-        try:
+        with self._sending():
             socket.send_fds(self._link, [packet], [descriptor] if descriptor >= 0 else [])
-        except OSError as error:
-            raise child_lost("it ended") from error
         with self._state:
             return self._await(number)
 
     def tell(self, kind: str, fields: list[Any]) -> None:
         """Say what isn't answered; never waits. Raises Unavailable where the child doesn't listen."""
-        try:
-            os.write(self._link.fileno(), encode([0, kind, fields]))  # `send` would wait
-        except OSError as error:
-            raise child_lost("it doesn't listen") from error
+        packet = encode([0, kind, fields])
+        with self._sending():
+            os.write(self._link.fileno(), packet)  # `send` would wait
 
     def close(self) -> None:
         """Wake all who wait, and close the socket; a second time does nothing."""
@@ -92,10 +90,26 @@ class Line:
                 self._closed = True
                 with contextlib.suppress(OSError):
                     self._link.shutdown(socket.SHUT_RDWR)
-            while self._reading:
+            while self._reading or self._senders:
                 self._state.wait()
             self._link.close()
             self._state.notify_all()
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        """Keep the socket open meanwhile: its number may be another's as soon as it is closed."""
+        with self._state:
+            if self._closed:
+                raise child_lost("it ended")
+            self._senders += 1
+        try:
+            yield
+        except OSError as error:
+            raise child_lost("it doesn't listen") from error
+        finally:
+            with self._state:
+                self._senders -= 1
+                self._state.notify_all()
 
     def _await(self, number: int) -> Answer:
         """The answer under a number; the caller holds `_state` once."""

@@ -361,6 +361,10 @@ class Scheduler:
         joined = batching.join([job.call.inputs for job in jobs])
         try:
             parts = batching.part(call.model.run(joined, call.outputs), rows)
+        except Unavailable:  # no memory for a batch, or its child process ended: says nothing about batches
+            for job in jobs:
+                self._run_alone(job)
+            return
         except Exception:
             parts = None
         finally:

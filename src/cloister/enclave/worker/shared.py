@@ -29,7 +29,11 @@ class SharedRegion(Region):
 
     def _map(self, size: int) -> mmap.mmap:
         self.descriptor = tensors.make_memory(size)
-        memory = mmap.mmap(self.descriptor, size)
+        try:
+            memory = mmap.mmap(self.descriptor, size)
+        except OSError:
+            self.hand_over()
+            raise
         with contextlib.suppress(OSError):  # before Linux 5.1 a child could change its own weights
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         return memory
@@ -56,10 +60,12 @@ class Buffer:
 
     def __init__(self, number: int, size: int) -> None:
         self.number = number
+        self.descriptor = -1
         try:
             self.descriptor = tensors.make_memory(size)  # until the child has it
             self.memory = mmap.mmap(self.descriptor, size)
         except OSError as error:
+            self.hand_over()
             raise Overloaded(
                 "the enclave's memory is full", code="overloaded.memory", claim="enclave memory"
             ) from error

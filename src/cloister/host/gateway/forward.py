@@ -92,7 +92,7 @@ class Forwarder:
             self._metrics.observe(pool, "gone", time.monotonic() - start, body.received, 0)
             raise
         seconds = time.monotonic() - start
-        self._metrics.observe(pool, outcome, seconds, len(body), len(answer.body))
+        self._metrics.observe(pool, outcome, seconds, body.received, len(answer.body))
         return answer
 
     async def prune(self) -> None:
@@ -100,8 +100,11 @@ class Forwarder:
         now = self._clock()
         self._registry.expire(now)
         used = {each.worker.socket for each in self._registry.workers(now)}
-        for socket in [each for each, link in self._links.items() if each not in used and not link.busy]:
-            await self._links.pop(socket).aclose()
+        idle = {each: link for each, link in self._links.items() if each not in used and not link.busy}
+        for socket in idle:
+            del self._links[socket]
+        for link in idle.values():
+            await link.aclose()
         for link in self._links.values():
             link.trim(asyncio.get_running_loop().time())
 

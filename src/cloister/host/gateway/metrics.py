@@ -88,7 +88,7 @@ class Metrics:
             requests.add_metric(labels, count)
         yield requests
         seconds = HistogramMetricFamily(
-            "cloister_gateway_seconds", "Time from a whole request to its answer", labels=("pool",)
+            "cloister_gateway_seconds", "Time from a request's head to its answer", labels=("pool",)
         )
         for pool, (*counts, total) in self._seconds.items():
             bounds = [*map(str, _SECONDS), "+Inf"]
