@@ -16,23 +16,21 @@ Every step takes constant time, but for the timer of a deadline. User ids stay i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
-from cloister.core.oip import Array
 from cloister.enclave.worker import batching
 from cloister.enclave.worker.batching import wipe_arrays
 from cloister.enclave.worker.isolation import cpu_seconds
 from cloister.enclave.worker.jobs import Call, Job, Lane, Outcome, Place, Places, State, Turns
-from cloister.errors import CloisterError, DeadlineExceeded, Overloaded, Unavailable
+from cloister.enclave.worker.runs import Runs, too_late
+from cloister.errors import DeadlineExceeded, Overloaded
 from cloister.net.body import Body
 
 MAX_LANES: Final = 4096  # models that are remembered, with what is known of their batches
@@ -50,11 +48,11 @@ class Scheduler:
 
     def __init__(self, *, threads: int, queue: int, processor: Callable[[], float] = cpu_seconds) -> None:
         self._wanted = threads
-        self._processor = processor
         self._threads: list[threading.Thread] = []
         self._wake: SimpleQueue[bool] = SimpleQueue()  # an executor's futures would cost more than all else
         self._places = Places(queue)
         self._lock = threading.Lock()  # over all that follows, profiles, and the states of jobs
+        self._runs = Runs(self._lock, settle=self._settle, processor=processor)
         self._ready = Turns()
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()
         self._active = 0  # threads that run jobs, or look for one
@@ -135,7 +133,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         job = Job(place.user, call, self._lane(call), loop.create_future())
         if job.queued > call.deadline:
-            raise _too_late()
+            raise too_late()
         place.job = job
         job.find_group()
         with self._lock:
@@ -182,7 +180,7 @@ class Scheduler:
 
     def _expire(self, job: Job) -> None:
         if self._unqueue(job):
-            _refuse(job, _too_late())
+            _refuse(job, too_late())
 
     def _unqueue(self, job: Job) -> bool:
         """Take a job out of the queue, if it is still there."""
@@ -309,172 +307,15 @@ class Scheduler:
                     self._active -= 1
                     return
             try:
-                self._run(jobs)
+                self._runs.run(jobs)
             except Exception as error:  # such as no memory for a batch: its requests must be answered
-                self._fail(jobs, error)
+                self._runs.fail(jobs, error)
             del jobs  # a thread that waits keeps nothing of the last request
-
-    def _run(self, jobs: list[Job]) -> None:
-        if len(jobs) == 1:
-            self._run_alone(jobs[0])
-        elif self._lane_on_trial(jobs):
-            self._try(jobs)
-        else:
-            self._run_batch(jobs)
-
-    def _lane_on_trial(self, jobs: list[Job]) -> bool:
-        return jobs[0].lane.profile.on_trial(sum(job.rows for job in jobs))
-
-    def _run_alone(self, job: Job) -> None:
-        self._execute(job)
-        self._deliver([job])
-
-    def _execute(self, job: Job) -> None:
-        call = job.call
-        job.started = time.monotonic()
-        if (refusal := _refusal(call, job.started)) is not None:
-            job.error = refusal
-            return
-        began = self._processor() if job.group is not None else 0.0
-        try:
-            job.outputs = call.model.run(call.inputs, call.outputs)
-        except Exception as error:
-            job.error = error
-        else:
-            if job.group is not None:
-                self._learn(job.lane, job.rows, began)
-        job.ended = time.monotonic()
-
-    def _learn(self, lane: Lane, rows: int, began: float) -> None:
-        seconds = self._processor() - began
-        with self._lock:
-            lane.profile.record(rows, seconds)
-
-    def _run_batch(self, jobs: list[Job]) -> None:
-        """Run a batch; where it fails, each request alone."""
-        jobs = self._admitted(jobs)
-        if not jobs:
-            return
-        lane, call = jobs[0].lane, jobs[0].call
-        rows = [job.rows for job in jobs]
-        began, started = self._processor(), time.monotonic()
-        joined = batching.join([job.call.inputs for job in jobs])
-        try:
-            parts = batching.part(call.model.run(joined, call.outputs), rows)
-        except Unavailable:  # no memory for a batch, or its child process ended: says nothing about batches
-            for job in jobs:
-                self._run_alone(job)
-            return
-        except Exception:
-            parts = None
-        finally:
-            wipe_arrays(joined)
-        if parts is None:
-            self._run_each(jobs)
-            return
-        self._learn(lane, sum(rows), began)
-        ended = time.monotonic()
-        for job, outputs in zip(jobs, parts, strict=True):
-            job.started, job.ended, job.outputs, job.batch = started, ended, outputs, len(jobs)
-        self._deliver(jobs)
-
-    def _admitted(self, jobs: list[Job]) -> list[Job]:
-        """Those that may still run; the others are told."""
-        now, admitted = time.monotonic(), []
-        for job in jobs:
-            if (refusal := _refusal(job.call, now)) is None:
-                admitted.append(job)
-            else:
-                self._fail([job], refusal)
-        return admitted
-
-    def _run_each(self, jobs: list[Job]) -> None:
-        """After a batch that failed. Where none of its requests fails alone, the model can't be batched."""
-        for job in jobs:
-            self._run_alone(job)
-        if all(job.error is None for job in jobs):
-            self._refuse_batches(jobs[0].lane)
-
-    def _try(self, jobs: list[Job]) -> None:
-        """Answer each request alone, then compare with the batch (`batching`)."""
-        requests = [job.call.inputs for job in jobs]
-        if not batching.differ(requests):
-            for job in jobs:
-                self._run_alone(job)
-            return
-        joined = batching.join(requests)  # requests are wiped when they are answered
-        alone: list[dict[str, Array]] = []
-        try:
-            for job in jobs:
-                self._execute(job)
-                alone.append({name: array.copy() for name, array in job.outputs.items()})
-                self._deliver([job])
-            if all(job.error is None for job in jobs):
-                self._compare(jobs, joined, alone)
-        finally:
-            for arrays in (joined, *alone):
-                wipe_arrays(arrays)
-
-    def _compare(self, jobs: list[Job], joined: dict[str, Array], alone: list[dict[str, Array]]) -> None:
-        lane, call, rows = jobs[0].lane, jobs[0].call, [job.rows for job in jobs]
-        began = self._processor()
-        try:
-            outputs = call.model.run(joined, call.outputs)
-        except Unavailable:
-            return  # its child process ended, which says nothing about batches
-        except Exception:
-            self._refuse_batches(lane)
-            return
-        self._learn(lane, sum(rows), began)
-        parts = batching.part(outputs, rows)
-        if parts is None or not all(map(batching.same, alone, parts)):
-            self._refuse_batches(lane)
-        else:
-            with self._lock:
-                lane.profile.agree()
-        wipe_arrays(outputs)
-
-    def _refuse_batches(self, lane: Lane) -> None:
-        with self._lock:
-            lane.profile.refuse()
-        logger.warning("a model's rows depend on each other: it is not batched")
-
-    def _fail(self, jobs: list[Job], error: Exception) -> None:
-        if left := [job for job in jobs if job.state is State.RUNNING]:
-            for job in left:
-                job.error = job.error or error
-            self._deliver(left)
-
-    def _deliver(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            job.state = State.DONE
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            jobs[0].future.get_loop().call_soon_threadsafe(self._settle, jobs)
 
 
 def _refuse(job: Job, error: Overloaded | DeadlineExceeded) -> None:
     if not job.future.done():  # it was cancelled in this round of the loop
         job.future.set_exception(error)
-
-
-def _refusal(call: Call, now: float) -> CloisterError | None:
-    """Why a call may not begin any more: its deadline passed, or what allowed it ended."""
-    if now > call.deadline:
-        return _too_late()
-    try:
-        call.admit()
-    except CloisterError as error:
-        return error
-    return None
-
-
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "no thread was free before the request's deadline",
-        claim="deadline",
-        expected="a free thread before it",
-        actual="none",
-    )
 
 
 def _revoked() -> Overloaded:
