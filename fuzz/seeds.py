@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from cloister.core import encoding
+from cloister.core.bfloat16 import bfloat16
 from cloister.core.evidence.bundle import Collateral, Evidence
 from cloister.core.evidence.dcap import Quote
 from cloister.core.evidence.vek import ARC
@@ -24,10 +25,11 @@ from cloister.core.ohttp.bhttp import Request, Response
 from cloister.core.ohttp.encapsulation import Encapsulation, Gateway, begin
 from cloister.core.ohttp.hpke import WIRE_SUITES, PrivateKey
 from cloister.core.ohttp.keyconfig import encode_list
-from cloister.core.oip import bfloat16, encode_request, encode_response
+from cloister.core.oip import encode_request, encode_response
 from cloister.core.protocol import problem
 from cloister.core.protocol.authorization import RequestAuthorization, RequestContext
 from cloister.core.protocol.repository import NONCE_SIZE, join_nonces
+from cloister.core.protocol.stages import BOUNDS, STAGES, Figures, Histogram
 from cloister.core.sealing import Section, seal
 from cloister.core.sealing.records import seal_record
 from cloister.core.secret import Secret
@@ -313,6 +315,13 @@ def authorizations() -> list[bytes]:
 def nonces() -> list[bytes]:
     """Fields with nonces."""
     return [join_nonces([b"n" * NONCE_SIZE]), join_nonces([bytes(NONCE_SIZE), b"\xff" * NONCE_SIZE])]
+
+
+def figures() -> list[bytes]:
+    """What a worker tells of its stages."""
+    counted = Histogram([0] * (len(BOUNDS) + 1), 0.0)
+    counted.counts[1], counted.seconds = 3, 0.25
+    return [json.dumps(Figures(age=1.5, stages=dict.fromkeys(STAGES, counted)).to_data()).encode()]
 
 
 def problems() -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from cloister.core.ohttp.keyconfig import KeyConfiguration, decode_list, encode_
 from cloister.core.protocol import problem
 from cloister.core.protocol.authorization import RequestAuthorization
 from cloister.core.protocol.repository import split_nonces
+from cloister.core.protocol.stages import Figures
 from cloister.core.protocol.trust import UserPolicy
 from cloister.core.sealing import SealedHeader, header_size, read_sections
 from cloister.core.sealing.records import open_record
@@ -184,6 +186,17 @@ def _record(data: bytes) -> object:
 def _inference(read: Callable[[memoryview, bytes | None], object], data: bytes) -> object:
     length, _, content = data.partition(b"\n")
     return read(memoryview(content), length or None)
+
+
+def _figures(data: bytes) -> object:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    figures = Figures.from_data(value)
+    if Figures.from_data(figures.to_data()).to_data() != figures.to_data():
+        raise Broken("figures don't survive being written")
+    return figures
 
 
 def _problem(data: bytes) -> object:
@@ -426,6 +439,13 @@ TARGETS: Final = MappingProxyType(
                 seeds=seeds.nonces,
                 most=4096,
                 covers=("protocol.repository.split_nonces",),
+            ),
+            Target(
+                name="figures",
+                parse=_figures,
+                seeds=seeds.figures,
+                most=4096,
+                covers=("protocol.stages.Figures.from_data",),
             ),
             Target(
                 name="problem",

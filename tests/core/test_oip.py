@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cloister.core import oip
+from cloister.core import bfloat16, oip
 from cloister.errors import InvalidRequest
 
 NUMBERS = sorted(set(oip.DTYPES) - {"BYTES"})
@@ -20,7 +20,7 @@ NUMBERS = sorted(set(oip.DTYPES) - {"BYTES"})
 
 def made(name: str, values: Any) -> oip.Array:
     """Numbers as an array of a datatype."""
-    return oip.bfloat16(np.array(values)) if name == "BF16" else np.array(values, dtype=oip.DTYPES[name])
+    return bfloat16.bfloat16(np.array(values)) if name == "BF16" else np.array(values, dtype=oip.DTYPES[name])
 
 
 def read(header: Any, binary: bytes = b"", length: bytes | None = None) -> oip.InferenceRequest:
@@ -354,8 +354,8 @@ def test_json_response_round_trip(array):
     assert buffers == []
     back = oip.decode_response(memoryview(header), None)["y"]
     assert back.dtype == array.dtype
-    if array.dtype == oip.BFLOAT16:  # as numbers: what kind of NaN it was, JSON can't say
-        back, array = oip.float32(back), oip.float32(array)
+    if array.dtype == bfloat16.BFLOAT16:  # as numbers: what kind of NaN it was, JSON can't say
+        back, array = bfloat16.float32(back), bfloat16.float32(array)
     np.testing.assert_array_equal(back, array)
 
 
@@ -496,17 +496,19 @@ def test_bfloat16_is_the_nearest(array):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     with np.errstate(over="ignore", invalid="ignore"):
         wanted = array.astype(ml_dtypes.bfloat16)
-    ours = oip.bfloat16(array)
+    ours = bfloat16.bfloat16(array)
     nan = np.isnan(array)
-    assert np.array_equal(oip.float32(ours)[~nan], wanted.astype(np.float32)[~nan])
-    assert np.isnan(oip.float32(ours)[nan]).all()
+    assert np.array_equal(bfloat16.float32(ours)[~nan], wanted.astype(np.float32)[~nan])
+    assert np.isnan(bfloat16.float32(ours)[nan]).all()
     header, buffers = oip.encode_request({"x": ours})
     assert same(read(header, b"".join(buffers)).inputs["x"], ours)
     assert oip.encode_request({"x": wanted})[0] == header
 
 
 def test_bfloat16_in_json():
-    header, _ = oip.encode_response("m", {"y": oip.bfloat16(np.array([1.5, -2.0, 3.140625]))}, binary=False)
+    header, _ = oip.encode_response(
+        "m", {"y": bfloat16.bfloat16(np.array([1.5, -2.0, 3.140625]))}, binary=False
+    )
     assert json.loads(header)["outputs"][0] == {
         "name": "y",
         "datatype": "BF16",

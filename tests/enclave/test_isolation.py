@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from cloister.core import oip
+from cloister.core import bfloat16
 from cloister.core.ohttp import hpke
 from cloister.core.ohttp.kem import generate_private_key
 from cloister.core.protocol.statement import SealedModel, ServingOptions, model_id
@@ -519,7 +519,7 @@ KINDS = {
     "UINT64": np.array([[1 << 63, 2]], np.uint64),
     "FP16": np.array([[1.5, -2.0]], np.float16),
     "FP64": np.array([[1e300, 2.0]]),
-    "BF16": oip.bfloat16(np.array([[1.5, 3e38]], np.float32)),
+    "BF16": bfloat16.bfloat16(np.array([[1.5, 3e38]], np.float32)),
     "BYTES": np.array([["a", ""], ["\u00fc\u4e2d", "x" * 5000]], dtype=object),
 }
 ELEMENTS = {"BOOL": 9, "INT8": 3, "UINT64": 13, "FP16": 10, "FP64": 11, "BF16": 16, "BYTES": 8}

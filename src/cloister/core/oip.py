@@ -1,11 +1,8 @@
 """Tensors of the Open Inference Protocol v2 (REST), in JSON and in the binary tensor data extension.
 
 Source: https://github.com/kserve/open-inference-protocol and Triton's binary tensor data extension. Binary
-inputs are read and binary outputs are written without a copy of their own. Needs NumPy; nothing else in
-`cloister.core` does.
-
-NumPy has no bfloat16, so a BF16 tensor is an array of `BFLOAT16`: the 16 bits of each element under a name of
-their own. `bfloat16` and `float32` convert.
+inputs are read and binary outputs are written without a copy of their own. Needs NumPy, as does
+`cloister.core.bfloat16`; nothing else in `cloister.core` does.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from cloister.core.bfloat16 import BFLOAT16, bfloat16, bits_of, float32, is_bfloat16
 from cloister.errors import InvalidRequest
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
@@ -28,8 +26,6 @@ MAX_TENSORS: Final = 256
 MAX_RANK: Final = 32
 VERSION: Final = "1"  # of every model: a newer one replaces it under a new statement
 MAX_TENSOR: Final = 64 << 20  # bytes, as if no side were zero: a model may turn such a side into another
-
-BFLOAT16: Final = np.dtype([("bfloat16", "<u2")])
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -75,7 +71,7 @@ def datatype(array: Array) -> str:
     """The protocol's name of an array's type; raises InvalidRequest for a type that it doesn't have."""
     if array.dtype.kind in "SU":
         return "BYTES"
-    if _is_bfloat16(array.dtype):
+    if is_bfloat16(array.dtype):
         return "BF16"
     name = _NAMES.get(array.dtype.newbyteorder("<") if array.dtype.kind not in "bO" else array.dtype)
     if name is None:
@@ -93,22 +89,6 @@ def datatype(array: Array) -> str:
 def numpy_name(kind: str) -> str:
     """NumPy's name of a datatype of the protocol, such as ``float32`` for ``FP32``."""
     return {"BYTES": "text or bytes", "BF16": "bfloat16"}.get(kind) or DTYPES[kind].name
-
-
-def bfloat16(array: Array) -> Array:
-    """Numbers as BF16, rounded to the nearest, ties to even; what is too large becomes infinite."""
-    given = np.asarray(array, dtype="<f4")
-    bits = given.reshape(-1).view("<u4")
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    quiet = ((bits >> 16) | 0x40).astype("<u2")  # else the rounding could make a NaN infinite, or zero
-    made = np.where(np.isnan(bits.view("<f4")), quiet, rounded).astype("<u2")
-    return made.view(BFLOAT16).reshape(given.shape)
-
-
-def float32(array: Array) -> Array:
-    """A BF16 array as float32, exactly."""
-    bits = _bits(array).reshape(-1).astype("<u4") << 16
-    return bits.view("<f4").reshape(array.shape)
 
 
 def encode_request(
@@ -414,8 +394,8 @@ def _binary_tensor(name: str, array: Array) -> tuple[dict[str, Any], memoryview]
 
 
 def _little_endian(array: Array) -> memoryview:
-    if _is_bfloat16(array.dtype):
-        array = _bits(array)
+    if is_bfloat16(array.dtype):
+        array = bits_of(array)
     plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return plain.reshape(-1).view(np.uint8).data if plain.size else memoryview(b"")
 
@@ -437,17 +417,6 @@ def _json_tensor(name: str, array: Array) -> dict[str, Any]:
     if kind == "BYTES":
         data = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in data]
     return {"name": name, "datatype": kind, "shape": list(array.shape), "data": data}
-
-
-def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether a type is ours, or the one that ml_dtypes adds to NumPy; both are of kind V."""
-    if dtype.kind != "V" or dtype.itemsize != 2:
-        return False
-    return dtype == BFLOAT16 or dtype.name == "bfloat16"
-
-
-def _bits(array: Array) -> Array:
-    return np.ascontiguousarray(array).view("<u2").reshape(array.shape)
 
 
 def _bad(code: str, claim: str, expected: object, actual: object) -> InvalidRequest:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
-from cloister.core.oip import BFLOAT16, Array
+from cloister.core.bfloat16 import BFLOAT16, Array
 
 _ELEMENT: Final = 16  # onnx.TensorProto.BFLOAT16
 _TYPE: Final = "tensor(bfloat16)"
