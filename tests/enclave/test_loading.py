@@ -494,7 +494,7 @@ async def test_a_model_that_turns_out_too_large_is_let_go_and_remembered(
         with pytest.raises(Overloaded) as caught:
             async with cache.use(model.live):
                 raise AssertionError
-        assert caught.value.code == "overloaded.memory"
+        assert caught.value.code == "overloaded.model"
         del caught
     gc.collect()
     await freed(cache)

@@ -264,6 +264,8 @@ async def test_what_others_allocate_beside_a_load_is_not_held_against_a_model(mo
         with pytest.raises(Overloaded):
             await cache.use(model.live).__aenter__()
     beside = 5000
+    monkeypatch.setattr(models, "REFUSED", 0.0)
+    cache._known.update({name: (size, 0.0) for name, (size, _) in cache._known.items()})  # a minute later
     async with cache.use(model.live):
         assert await settled(cache) == 5000
     assert cache.drop(slot_name(model.live.statement))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,6 +27,7 @@ from cloister.enclave.worker.specs import TensorSpec
 from cloister.errors import BindingRefused, InvalidRequest, Overloaded, Unavailable
 
 MAX_KNOWN: Final = 4096  # models whose memory is remembered
+REFUSED: Final = 60.0  # seconds for which a model that turned out too large isn't loaded again
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,7 +155,7 @@ class ModelCache:
         self._children = children
         self._base = BASE_MEMORY if children is not None else 0  # bytes of each owner's process
         self._slots: OrderedDict[SlotName, _Slot] = OrderedDict()
-        self._known: OrderedDict[SlotName, int] = OrderedDict()  # bytes that they took when last built
+        self._known: OrderedDict[SlotName, tuple[int, float]] = OrderedDict()  # bytes taken, believed until
         self._leaving: list[tuple[Memory, int]] = []  # dropped, and maybe still run by somebody
         self._freeing: set[asyncio.Future[None]] = set()
 
@@ -247,25 +249,29 @@ class ModelCache:
         """Count what the model turned out to take; raises Overloaded, and lets it go, if that's too much.
 
         What others' runs allocated meanwhile is counted with it, so of several loads the least is remembered,
-        and none that was refused.
+        and a refusal for `REFUSED` seconds alone.
         """
-        slot.size = min(memory, self._known.get(name, memory))
+        slot.size = min(memory, self._known.get(name, (memory, 0.0))[0])
+        believed = math.inf
         try:
             self._make_room(name, 0, slot.size)
         except Overloaded:
-            self._known.pop(name, None)
+            believed = time.monotonic() + REFUSED
             self._free(slot)
             raise
-        self._known[name] = slot.size
-        self._known.move_to_end(name)
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+        finally:
+            self._known[name] = slot.size, believed
+            self._known.move_to_end(name)
+            if len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
 
     def _reserve(self, name: SlotName, sealed: SealedModel) -> _Slot:
         """Take room for a model, from the idle ones that were used longest ago; raises Overloaded."""
-        known = self._known.get(name)
+        known, believed = self._known.get(name, (0, 0.0))
         # An estimate alone refuses no model that might fit.
-        size = known or max(sealed.size, min(estimate(sealed.size), self._budget - self._base))
+        size = max(sealed.size, min(estimate(sealed.size), self._budget - self._base))
+        if believed > time.monotonic():
+            size = known
         self._make_room(name, size, size)
         slot = self._slots[name] = _Slot(size=size)
         return slot
