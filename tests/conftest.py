@@ -19,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for pid, command in keeper.left(keeper.mark()).items():
+        if not command:
+            continue  # it ended while it was looked at
         terminalreporter.write_line(f"a test left process {pid} behind: {command[:200]}", yellow=True)
 
 
