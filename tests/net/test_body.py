@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,7 +206,9 @@ def test_a_large_body_takes_memory_as_it_fills(length: int) -> None:
     bodies = [Body(length) for _ in range(40)]
     taken = resident() - before
     assert bodies[0].lazy == (length > EAGER)
-    assert (taken < 10 * EAGER) == bodies[0].lazy
+    assert isinstance(bodies[0].view.obj, mmap.mmap if bodies[0].lazy else bytearray)
+    if bodies[0].lazy:  # the others may have got memory that the process had, and hadn't given back
+        assert taken < 10 * EAGER
 
 
 # --- what holds
