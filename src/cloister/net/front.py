@@ -32,6 +32,7 @@ class FrontServer:
 
     def __init__(self, listeners: list[socket.socket], shared: Shared, *, unix: Path | None) -> None:
         self.port = 0 if unix is not None else int(listeners[0].getsockname()[1])
+        self._unix = None if unix is None else (unix, unix.stat().st_ino)
         self._acceptors: list[Acceptor] = []
         try:
             for each in listeners:
@@ -41,7 +42,6 @@ class FrontServer:
                 acceptor.close()
             raise
         self._shared = shared
-        self._unix = None if unix is None else (unix, unix.stat().st_ino)
         limits = shared.limits
         shortest = min(
             limits.head_timeout,
